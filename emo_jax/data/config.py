@@ -1,0 +1,60 @@
+"""What text a run reads and how it becomes rows."""
+
+import dataclasses
+
+from emo_jax.errors import require, require_choice
+
+SOURCES = ("installed_text", "jsonl", "text")
+
+
+@dataclasses.dataclass
+class DataConfig:
+    """Where documents come from and how they are packed. Sizes are for the whole job, not a process."""
+
+    source: str = "installed_text"
+    """`installed_text`: text any Python machine holds. `jsonl`: objects with `text` and an optional
+    `domain`, plain, `.gz` or `.zst`. `text`: a folder of `.txt`/`.md` files, its subfolders the domains."""
+    path: str = ""
+    """File, folder or glob of `source`; unused by `installed_text`."""
+    tokenizer: str = ""
+    """A Hugging Face `tokenizer.json`; empty: a byte-level BPE of `model.vocab_size` entries is trained
+    on the run's own training documents."""
+    end_of_text: str = "<|endoftext|>"
+    """The token that ends a document; must exist in the tokenizer."""
+    sequence_length: int = 1024
+    """S: tokens in a row."""
+    batch_size: int = 8
+    """B: rows in a step."""
+    max_documents: int = 64
+    """G: most documents in a row; the packer starts a new row rather than exceed it."""
+    heldout_fraction: float = 0.05
+    """Share of documents kept for evaluation, chosen by a hash of their text, so that copies of a
+    document never end up on both sides."""
+    heldout_documents: int = 40
+    """Most held-out documents of a domain that an evaluation reads."""
+    max_document_bytes: int = 12_000
+    """Longer documents are cut into pieces of at most this many UTF-8 bytes."""
+    max_megabytes: int = 0
+    """Stop after this much text (10⁶ bytes), spread evenly over the domains; 0: read everything."""
+    cache_dir: str = ""
+    """Where tokens are kept; empty: `data/` in the run directory."""
+    shuffle_seed: int = 0
+    """Seed of the order of documents and rows."""
+
+    def validate(self) -> None:
+        """Raises `UserError` naming the first field that cannot work."""
+        require_choice("data.source", self.source, SOURCES)
+        require(
+            self.source == "installed_text" or bool(self.path),
+            f"data.source={self.source!r} needs data.path: the file, folder or glob to read.",
+        )
+        for name in ("sequence_length", "batch_size", "max_documents", "heldout_documents", "max_document_bytes"):
+            value = getattr(self, name)
+            require(value >= 1, f"data.{name}={value} must be at least 1.")
+        require(self.sequence_length >= 2, f"data.sequence_length={self.sequence_length} leaves nothing to predict.")
+        require(
+            0 < self.heldout_fraction < 1,
+            f"data.heldout_fraction={self.heldout_fraction} must lie between 0 and 1, both excluded.",
+        )
+        require(self.max_megabytes >= 0, f"data.max_megabytes={self.max_megabytes} is negative; 0 reads everything.")
+        require(bool(self.end_of_text), "data.end_of_text is empty: documents must end with a token.")
