@@ -1,0 +1,60 @@
+# `make` lists the targets. Works with GNU make from 3.81 (macOS) on.
+
+WORKDIR = runs/emo_tiny
+EXTRAS = base
+MARKERS = not slow
+ARGS =
+
+VENV_PYTHON = .venv/bin/python
+TRAIN = $(VENV_PYTHON) -m emo_jax.train --config=configs/emo_tiny.py --workdir='$(WORKDIR)' $(ARGS)
+
+# Ahead-of-time compiles for TPU ask no metadata server, and two test processes may load libtpu at once.
+# Not for `demo`: on a TPU machine the metadata server knows the topology.
+AHEAD_OF_TIME = TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=1
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help demo test check bench clean
+
+help:
+	@echo 'make demo    train a small EMO on this machine; run it again to resume'
+	@echo '               WORKDIR=$(WORKDIR)  ARGS="--config.train.steps=50"  EXTRAS=tpu or cuda13'
+	@echo 'make test    run the tests'
+	@echo '               ARGS="-k routing -x"  MARKERS=slow'
+	@echo 'make check   formatting, lint and types, as CI checks them'
+	@echo 'make bench   run every benchmark in benchmarks/'
+	@echo 'make clean   remove .venv, caches and build output; keeps runs/'
+	@echo 'Each makes .venv when it needs to, with a Python >= 3.12 that it finds or that you name: PYTHON=...'
+
+# The stamp appears only after a complete install and is renewed when the dependencies change.
+.venv/.installed-%: setup.py
+	@sh .ci/install.sh '$*'
+	@touch .venv/.installed-base '$@'
+
+# exec: on Ctrl-C only the program answers, and make waits for it to save.
+demo: .venv/.installed-$(EXTRAS)
+	$(info $(TRAIN))
+	@exec $(TRAIN)
+
+test: .venv/.installed-dev
+	$(AHEAD_OF_TIME) $(VENV_PYTHON) -m pytest -n 2 --dist loadfile -m '$(MARKERS)' $(ARGS)
+
+check: .venv/.installed-dev
+	$(VENV_PYTHON) -m ruff format --check .
+	$(VENV_PYTHON) -m ruff check .
+	$(VENV_PYTHON) -m mypy emo_jax
+
+bench: .venv/.installed-dev
+	@failed=; found=; \
+	for file in benchmarks/[!_]*.py; do \
+	  [ -f "$$file" ] || continue; \
+	  found=yes; echo "== $$file"; \
+	  $(VENV_PYTHON) "$$file" $(ARGS) || failed="$$failed $$file"; \
+	done; \
+	[ -n "$$found" ] || echo 'There are no benchmarks in benchmarks/ yet.'; \
+	[ -z "$$failed" ] || { echo "Failed:$$failed" >&2; exit 1; }
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -path ./runs -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,129 @@
+"""Readers: each yields documents in an order that depends on nothing but the files."""
+
+import glob
+import gzip
+import io
+import json
+import pathlib
+import zlib
+from collections.abc import Iterator
+from typing import IO
+
+import zstandard
+
+from emo_jax.data.config import DataConfig
+from emo_jax.data.documents import Document
+from emo_jax.data.installed import installed_documents
+from emo_jax.errors import UserError, require
+
+DEFAULT_DOMAIN = "text"
+_COMPRESSIONS = ("", ".gz", ".zst", ".zstd")
+_JSONL = tuple(kind + compression for kind in (".jsonl", ".json") for compression in _COMPRESSIONS)
+_TEXT = (".txt", ".md")
+
+
+def read_documents(config: DataConfig) -> Iterator[Document]:
+    """The documents of `config.source`, whole, duplicates included.
+
+    Raises:
+      UserError: if the path is missing, holds no documents, or a file cannot be read; while iterating.
+    """
+    if config.source == "installed_text":
+        return installed_documents()
+    reader = {"jsonl": jsonl_documents, "text": text_documents}[config.source]
+    return reader(config.path)
+
+
+def jsonl_documents(path: str) -> Iterator[Document]:
+    """Yields one document a line of JSON objects with `text` and an optional `domain`; blank ones are skipped.
+
+    Args:
+      path: a file, a folder (searched recursively for .jsonl and .json files) or a glob, each file plain,
+        `.gz` or `.zst`.
+
+    Raises:
+      UserError: naming file and line of what is not JSON, not UTF-8, or lacks a text.
+    """
+    for file, _ in _find(path, _JSONL):
+        for number, line in _lines(file):
+            document = _parse(line, f"{file}:{number}")
+            if document.text.strip():
+                yield document
+
+
+def text_documents(path: str) -> Iterator[Document]:
+    """Yields every .txt and .md file as a document; its domain is the first subfolder below `path`, else "text".
+
+    Args:
+      path: a folder (searched recursively), a file or a glob.
+
+    Raises:
+      UserError: if there is no such file, or one is not UTF-8.
+    """
+    for file, domain in _find(path, _TEXT):
+        try:
+            text = file.read_bytes().decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{file} is not UTF-8 ({error.reason} at byte {error.start}): {_REENCODE}") from error
+        if text.strip():
+            yield Document(text, domain)
+
+
+_REENCODE = "convert it, for example with `iconv -f LATIN1 -t UTF-8`, or take it out of data.path."
+
+
+def _find(path: str, suffixes: tuple[str, ...]) -> Iterator[tuple[pathlib.Path, str]]:
+    """Yields each file with its domain by folder, sorted by path."""
+    root = pathlib.Path(path).expanduser()
+    if root.is_file():
+        files = [root]
+    elif root.is_dir():
+        files = sorted(file for file in root.rglob("*") if file.is_file() and file.name.endswith(suffixes))
+    elif glob.has_magic(path):
+        files = [pathlib.Path(name) for name in sorted(glob.glob(str(root), recursive=True))]
+        files = [file for file in files if file.is_file()]
+    else:
+        raise UserError(f"data.path={path!r} does not exist; give a file, a folder or a glob in quotes.")
+    require(bool(files), f"data.path={path!r} holds no files; expected names ending in {', '.join(suffixes)}.")
+    for file in files:
+        below = file.relative_to(root).parts if root.is_dir() else ()
+        yield file, below[0] if len(below) > 1 else DEFAULT_DOMAIN
+
+
+def _lines(file: pathlib.Path) -> Iterator[tuple[int, bytes]]:
+    """Yields numbered lines, decompressed by the file's suffix."""
+    try:
+        with _open(file) as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield number, line
+    except (gzip.BadGzipFile, EOFError, zlib.error, zstandard.ZstdError) as error:
+        raise UserError(f"{file} is damaged or not what its suffix says ({error}); fetch it again.") from error
+
+
+def _open(file: pathlib.Path) -> IO[bytes]:
+    if file.suffix == ".gz":
+        return gzip.open(file)
+    if file.suffix in (".zst", ".zstd"):
+        reader = zstandard.ZstdDecompressor().stream_reader(file.open("rb"), read_across_frames=True, closefd=True)
+        return io.BufferedReader(reader)
+    return file.open("rb")
+
+
+def _parse(line: bytes, where: str) -> Document:
+    try:
+        value = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where} is not UTF-8 ({error.reason} at byte {error.start}); convert the file.") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where} is not JSON ({error}); every line must be one whole object.") from error
+    require(isinstance(value, dict), f"{where} is not a JSON object; every line needs one with a 'text' field.")
+    text, domain = value.get("text"), value.get("domain", DEFAULT_DOMAIN)
+    found = ", ".join(map(repr, value)) or "none"
+    require(isinstance(text, str), f"{where} has no string field 'text'; its fields are {found}.")
+    require(isinstance(domain, str) and bool(domain), f"{where} has domain={domain!r}; give a name or leave it out.")
+    try:
+        (text + domain).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where} holds half a surrogate pair, which is no character; repair that line.") from error
+    return Document(text, domain)

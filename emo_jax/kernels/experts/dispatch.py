@@ -1,0 +1,109 @@
+"""Rows to expert order and back, as gathers whose backward passes are gathers too.
+
+Letters: T tokens, C choices a token, R routed experts, M slots (rows in expert order), D width.
+Autodiff of a plain gather would emit a scatter, and on TPU a sort of its indices, per direction.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class Plan(NamedTuple):
+    """Where each choice goes. `slot_TC` and `choice_M` are inverse to each other; M and T·C mean nowhere."""
+
+    slot_TC: jax.Array
+    choice_M: jax.Array
+    counts_R: jax.Array
+    starts_R: jax.Array
+
+    @property
+    def token_M(self) -> jax.Array:
+        """The token in each slot; T where it is empty."""
+        return self.choice_M // self.slot_TC.shape[1]
+
+
+def num_slots(choices: int, experts: int, block: int) -> int:
+    """Slots that suffice for any routing when each expert's rows are padded to a multiple of `block`."""
+    return (choices + experts * (block - 1)) // block * block
+
+
+def plan(indices_TC: jax.Array, experts: int, block: int) -> Plan:
+    """Orders choices by expert, each expert's rows starting at a multiple of `block`.
+
+    Args:
+      indices_TC: int32, the experts of each token; `experts` (one past the last) for a token without.
+      experts: R.
+      block: 1 for groups without padding.
+    """
+    choices = indices_TC.size
+    slots = num_slots(choices, experts, block)
+    expert_sorted, order = jax.lax.sort_key_val(indices_TC.reshape(-1), jnp.arange(choices, dtype=jnp.int32))
+    bounds = jnp.searchsorted(expert_sorted, jnp.arange(experts + 1, dtype=jnp.int32)).astype(jnp.int32)
+    counts_R = jnp.diff(bounds)
+    ends_R = jnp.cumsum((counts_R + block - 1) // block * block, dtype=jnp.int32)
+    starts_R = ends_R - (counts_R + block - 1) // block * block
+    # From an expert's place in the sorted choices to its place among the slots; choices without expert: nowhere.
+    shift = jnp.concatenate([starts_R - bounds[:-1], jnp.full((1,), slots, jnp.int32)])
+    slot_sorted = jnp.minimum(jnp.arange(choices, dtype=jnp.int32) + shift[expert_sorted], slots)
+    _, slot_flat = jax.lax.sort_key_val(order, slot_sorted)  # the inverse permutation, applied
+    slot_ids = jnp.arange(slots, dtype=jnp.int32)
+    expert_M = jnp.minimum(jnp.searchsorted(ends_R, slot_ids, side="right"), experts - 1)
+    rank_M = slot_ids - starts_R[expert_M]
+    filled_M = (rank_M < counts_R[expert_M]) & (slot_ids < ends_R[-1])
+    source_M = jnp.clip(bounds[expert_M] + rank_M, 0, choices - 1)
+    choice_M = jnp.where(filled_M, order[source_M], choices)
+    return Plan(slot_flat.reshape(indices_TC.shape), choice_M, counts_R, starts_R)
+
+
+def _rows(x_TD: jax.Array, index: jax.Array) -> jax.Array:
+    """x_TD[index], with zeros where the index is one past the end."""
+    return x_TD.at[index].get(mode="fill", fill_value=0)
+
+
+def _int_zeros(tree: Plan) -> Plan:
+    return jax.tree.map(lambda a: np.zeros(a.shape, jax.dtypes.float0), tree)
+
+
+@jax.custom_vjp
+def dispatch(x_TD: jax.Array, plan: Plan) -> jax.Array:
+    """Each slot's token row, zeros where a slot is empty: [M, D]."""
+    return _rows(x_TD, plan.token_M)
+
+
+def _dispatch_fwd(x_TD: jax.Array, plan: Plan) -> tuple[jax.Array, Plan]:
+    return dispatch(x_TD, plan), plan
+
+
+def _dispatch_bwd(plan: Plan, g_MD: jax.Array) -> tuple[jax.Array, Plan]:
+    g_TCD = _rows(g_MD, plan.slot_TC)
+    accumulate = jnp.promote_types(g_MD.dtype, jnp.float32)
+    return g_TCD.astype(accumulate).sum(1).astype(g_MD.dtype), _int_zeros(plan)
+
+
+dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
+
+
+@jax.custom_vjp
+def combine(y_MD: jax.Array, weights_TC: jax.Array, plan: Plan) -> jax.Array:
+    """The weighted sum of each token's slots, in the weights' precision: [T, D] of y's dtype."""
+    y_TCD = _rows(y_MD, plan.slot_TC).astype(weights_TC.dtype)
+    return (weights_TC[:, :, None] * y_TCD).sum(1).astype(y_MD.dtype)
+
+
+def _combine_fwd(y_MD: jax.Array, weights_TC: jax.Array, plan: Plan) -> tuple[jax.Array, tuple]:
+    return combine(y_MD, weights_TC, plan), (y_MD, weights_TC, plan)
+
+
+def _combine_bwd(saved: tuple, g_TD: jax.Array) -> tuple[jax.Array, jax.Array, Plan]:
+    y_MD, weights_TC, plan = saved
+    weight_M = _rows(weights_TC.reshape(-1), plan.choice_M)
+    g_MD = (weight_M[:, None] * _rows(g_TD, plan.token_M).astype(weights_TC.dtype)).astype(y_MD.dtype)
+    y_TCD = _rows(y_MD, plan.slot_TC).astype(weights_TC.dtype)
+    g_weights_TC = (y_TCD * g_TD[:, None, :].astype(weights_TC.dtype)).sum(-1)
+    return g_MD, g_weights_TC, _int_zeros(plan)
+
+
+combine.defvjp(_combine_fwd, _combine_bwd)

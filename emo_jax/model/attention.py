@@ -1,0 +1,77 @@
+"""Causal attention within documents, with rotary positions.
+
+Letters: B rows, S sequence, D model, H query heads, K key/value heads, N head width, Q queries of a chunk.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from emo_jax.model.config import ModelConfig
+from emo_jax.model.layers import weight
+
+QUERY_CHUNK = 512
+"""Most queries whose scores exist at once; longer rows go through in chunks, recomputed for the backward pass."""
+
+
+def rotate(x_BSHN: jax.Array, positions_BS: jax.Array, theta: float) -> jax.Array:
+    """Rotary embedding: pairs (i, i + N/2) turn by position · θ^(−2i/N); in float32, returned in x's dtype."""
+    half = x_BSHN.shape[-1] // 2
+    dtype = jnp.promote_types(x_BSHN.dtype, jnp.float32)
+    frequency = theta ** (-jnp.arange(half, dtype=dtype) / half)
+    angle_BS1F = positions_BS[:, :, None, None].astype(dtype) * frequency.reshape(1, 1, 1, half)
+    cos, sin = jnp.cos(angle_BS1F), jnp.sin(angle_BS1F)
+    first, second = jnp.split(x_BSHN.astype(dtype), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BSHN.dtype)
+
+
+def document_attention(
+    query_BSHN: jax.Array, key_BSKN: jax.Array, value_BSKN: jax.Array, document_ids_BS: jax.Array
+) -> jax.Array:
+    """Softmax attention of each token to its own document's tokens up to itself: [B, S, H, N].
+
+    Tokens of document 0 attend to one another, so that no softmax is empty; nothing reads their result.
+    Queries are cut into chunks that meet only the keys up to their end: half the work of a full
+    product, and memory of one chunk.
+    """
+    batch, length, heads, width = query_BSHN.shape
+    groups = heads // key_BSKN.shape[2]
+    if groups > 1:
+        key_BSKN, value_BSKN = (jnp.repeat(x, groups, axis=2) for x in (key_BSKN, value_BSKN))
+    chunk = min(QUERY_CHUNK, max(length // 2, 1))
+
+    def attend(start: int) -> jax.Array:
+        end = min(start + chunk, length)
+        queries = query_BSHN[:, start:end]
+        dtype = jnp.promote_types(queries.dtype, jnp.float32)
+        scores_BHQS = jnp.einsum("bqhn,bshn->bhqs", queries, key_BSKN[:, :end], preferred_element_type=dtype)
+        same_BQS = document_ids_BS[:, start:end, None] == document_ids_BS[:, None, :end]
+        past_1QS = jnp.arange(start, end).reshape(1, -1, 1) >= jnp.arange(end).reshape(1, 1, -1)
+        visible_B1QS = (same_BQS & past_1QS)[:, None]
+        probs_BHQS = jax.nn.softmax(jnp.where(visible_B1QS, scores_BHQS * width**-0.5, -jnp.inf))
+        return jnp.einsum("bhqs,bshn->bqhn", probs_BHQS.astype(value_BSKN.dtype), value_BSKN[:, :end])
+
+    if length > 2 * chunk:
+        attend = jax.checkpoint(attend, static_argnums=0)
+    return jnp.concatenate([attend(start) for start in range(0, length, chunk)], axis=1)
+
+
+class Attention(nnx.Module):
+    """Multi-head (or grouped-query) self-attention without biases."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        d, h, k, n = config.d_model, config.num_heads, config.kv_heads, config.head_dim
+        self.query = weight(rngs, config, (d, h, n), ("embed", "heads", "head"))
+        self.key = weight(rngs, config, (d, k, n), ("embed", "heads", "head"))
+        self.value = weight(rngs, config, (d, k, n), ("embed", "heads", "head"))
+        self.out = weight(rngs, config, (h, n, d), ("heads", "head", "embed"))
+        self.theta = config.rope_theta
+
+    def __call__(self, x_BSD: jax.Array, document_ids_BS: jax.Array, positions_BS: jax.Array) -> jax.Array:
+        """[B, S, D] to [B, S, D], in x's dtype."""
+        q, k, v = (
+            jnp.einsum("bsd,dhn->bshn", x_BSD, w[...].astype(x_BSD.dtype)) for w in (self.query, self.key, self.value)
+        )
+        q, k = (rotate(x, positions_BS, self.theta) for x in (q, k))
+        y_BSHN = document_attention(q, k, v, document_ids_BS)
+        return jnp.einsum("bshn,hnd->bsd", y_BSHN, self.out[...].astype(x_BSD.dtype))

@@ -1,0 +1,51 @@
+"""The small pieces that layers share: annotated weights, RMSNorm, the dense SwiGLU.
+
+Letters: B rows, S sequence, D model, F hidden.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from emo_jax.model.config import ModelConfig
+
+# Annotations are only names here: `parallel.RULES` places them, and no mesh is needed to build a module.
+nnx.use_eager_sharding(False)
+
+
+def param_dtype(config: ModelConfig) -> jnp.dtype:
+    """Of master weights: float32, or float64 where the whole computation is (verification)."""
+    return jnp.promote_types(config.dtype, jnp.float32)
+
+
+def weight(rngs: nnx.Rngs, config: ModelConfig, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
+    """A parameter from a normal distribution cut at three standard deviations, its axes named for sharding."""
+    draw = jax.random.truncated_normal(rngs.params(), -3, 3, shape, param_dtype(config))
+    return nnx.Param(draw * config.init_std, out_sharding=axes)
+
+
+def scale(config: ModelConfig) -> nnx.Param:
+    """An RMSNorm's scale: ones [D]."""
+    return nnx.Param(jnp.ones((config.d_model,), param_dtype(config)), out_sharding=("norm",))
+
+
+def rms_norm(x_BSD: jax.Array, scale_D: jax.Array, epsilon: float) -> jax.Array:
+    """x / √(mean x² + ε) · scale, in float32 (or wider), returned in x's dtype."""
+    wide = x_BSD.astype(jnp.promote_types(x_BSD.dtype, jnp.float32))
+    normal = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + epsilon)
+    return (normal * scale_D.reshape(1, 1, -1)).astype(x_BSD.dtype)
+
+
+class FeedForward(nnx.Module):
+    """Dense SwiGLU: down(silu(gate x) ⊙ up x). Shared experts are one of these, side by side in `hidden`."""
+
+    def __init__(self, config: ModelConfig, hidden: int, rngs: nnx.Rngs):
+        d = config.d_model
+        self.gate = weight(rngs, config, (d, hidden), ("embed", "mlp"))
+        self.up = weight(rngs, config, (d, hidden), ("embed", "mlp"))
+        self.down = weight(rngs, config, (hidden, d), ("mlp", "embed"))
+
+    def __call__(self, x_BSD: jax.Array) -> jax.Array:
+        """[B, S, D] to [B, S, D], in x's dtype."""
+        gate, up, down = (w[...].astype(x_BSD.dtype) for w in (self.gate, self.up, self.down))
+        return (jax.nn.silu(x_BSD @ gate) * (x_BSD @ up)) @ down

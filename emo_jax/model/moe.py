@@ -1,0 +1,84 @@
+"""A mixture layer: the router, its routed experts, and the shared ones as a dense feed-forward.
+
+Letters: B rows, S sequence, D model, R routed experts, F expert hidden, G documents a row, C choices.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from emo_jax.kernels.experts import routed_experts
+from emo_jax.model.config import ModelConfig, PoolConfig
+from emo_jax.model.layers import FeedForward, weight
+from emo_jax.model.routing import PoolDraws, Routing, route
+from emo_jax.parallel import map_rows
+
+
+class RoutedExperts(nnx.Module):
+    """Weights of the R routed experts, stacked."""
+
+    def __init__(self, config: ModelConfig, experts: int, rngs: nnx.Rngs):
+        d, f = config.d_model, config.d_expert
+        self.gate = weight(rngs, config, (experts, d, f), ("routed", "embed", "mlp"))
+        self.up = weight(rngs, config, (experts, d, f), ("routed", "embed", "mlp"))
+        self.down = weight(rngs, config, (experts, f, d), ("routed", "mlp", "embed"))
+
+
+class MixtureOfExperts(nnx.Module):
+    """y = Σ_chosen w · Expert(x) + Σ_shared Expert(x) (paper section 2)."""
+
+    def __init__(self, config: ModelConfig, experts: int, rngs: nnx.Rngs):
+        self.config = config
+        self.router = weight(rngs, config, (config.d_model, experts), ("embed", "expert"))
+        self.routed = RoutedExperts(config, experts, rngs)
+        if config.num_shared_experts:
+            self.shared = FeedForward(config, config.num_shared_experts * config.d_expert, rngs)
+
+    def __call__(
+        self,
+        x_BSD: jax.Array,
+        document_ids_BS: jax.Array,
+        *,
+        pool: PoolConfig | None,
+        draws: PoolDraws | None,
+        layer: int,
+        documents: int,
+        mesh: Mesh | None,
+        implementation: str | None,
+    ) -> tuple[jax.Array, Routing]:
+        """The layer's output [B, S, D], 0 for tokens of document 0, and its routing.
+
+        Args:
+          x_BSD: normalised input.
+          document_ids_BS: int32, 0..G.
+          pool, draws: document pools, or None for none.
+          layer: this layer's place among the mixture layers, for `draws`.
+          documents: G.
+          mesh: where rows are split over devices; each dispatches its own.
+          implementation: of `kernels.experts`.
+        """
+        wide = jnp.promote_types(x_BSD.dtype, jnp.float32)
+        # The default float32 product is bfloat16 on TPU and TF32 on GPU, and flips choices.
+        logits_BSR = jnp.einsum("bsd,dr->bsr", x_BSD.astype(wide), self.router[...].astype(wide), precision="highest")
+        routing = route(
+            logits_BSR,
+            document_ids_BS,
+            choices=self.config.num_choices,
+            normalize=self.config.normalize_top_k,
+            pool=pool,
+            size_BG=draws.size_BLG[:, layer] if draws else None,
+            seed_BG2=draws.seed_BLG[:, layer] if draws else None,
+            documents=documents,
+        )
+
+        def experts(x_BSD, indices_BSC, weights_BSC, gate, up, down):
+            flat = [a.reshape(-1, a.shape[-1]) for a in (x_BSD, indices_BSC, weights_BSC)]
+            return routed_experts(*flat, gate, up, down, implementation=implementation).reshape(x_BSD.shape)
+
+        weights = [w[...].astype(x_BSD.dtype) for w in (self.routed.gate, self.routed.up, self.routed.down)]
+        run = map_rows(experts, mesh, row_args=3)
+        y_BSD = run(x_BSD, routing.indices_BSC, routing.weights_BSC, *weights)
+        if self.config.num_shared_experts:
+            y_BSD += jnp.where(document_ids_BS[..., None] > 0, self.shared(x_BSD), 0)
+        return y_BSD, routing

@@ -1,0 +1,229 @@
+"""Which experts does a token use? Document pools, top-k, and the losses that keep the router healthy.
+
+The paper's method (arXiv 2605.06663, section 3), without meshes or kernels. Letters: B rows, S sequence,
+G documents a row, R routed experts, C choices a token, L mixture layers. Document ids run 1..G; id 0 is a
+token that no router counts and no expert sees.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from emo_jax.model.config import PoolConfig
+
+
+class PoolDraws(NamedTuple):
+    """A step's random draws, made once for all its rows; microbatches slice them.
+
+    Attributes:
+      size_BLG: int32, experts in the pool of each row's document, for every mixture layer.
+      seed_BLG: uint32 [B, L, G, 2], key data of the expert order in `random` pools.
+    """
+
+    size_BLG: jax.Array
+    seed_BLG: jax.Array
+
+
+class RoutingTotals(NamedTuple):
+    """Sums over the routed tokens (or documents) of each row; a loss or a metric is made of nothing else.
+
+    Attributes:
+      tokens_B: routed tokens.
+      documents_B: documents.
+      counts_BR: tokens that chose each expert.
+      weights_BR: sum of w, the softmax inside the pool. Carries the balance loss's gradient.
+      z_B: sum of logsumexp(z')². Carries the router z-loss's gradient.
+      token_entropy_B: sum over tokens of the entropy of the unmasked softmax, in nats.
+      document_entropy_B: sum over documents of the entropy of their mean unmasked softmax, in nats.
+      pool_mass_B: sum over tokens of the unmasked probability inside their pool.
+      pool_size_B: sum over documents of the pool's size, at most R.
+      pool_min_B: smallest pool of the row; R where it has no document.
+      pool_max_B: largest pool of the row; 0 where it has no document.
+      unique_B: sum over documents of the number of different experts their tokens chose.
+    """
+
+    tokens_B: jax.Array
+    documents_B: jax.Array
+    counts_BR: jax.Array
+    weights_BR: jax.Array
+    z_B: jax.Array
+    token_entropy_B: jax.Array
+    document_entropy_B: jax.Array
+    pool_mass_B: jax.Array
+    pool_size_B: jax.Array
+    pool_min_B: jax.Array
+    pool_max_B: jax.Array
+    unique_B: jax.Array
+
+
+class Routing(NamedTuple):
+    """What a layer's router decided.
+
+    Attributes:
+      indices_BSC: int32 chosen experts by falling weight; R for a token of document 0.
+      weights_BSC: their weights, in the logits' precision; 0 for a token of document 0.
+      logits_BSR: router logits z, unmasked.
+      totals: sums for losses and metrics.
+    """
+
+    indices_BSC: jax.Array
+    weights_BSC: jax.Array
+    logits_BSR: jax.Array
+    totals: RoutingTotals
+
+
+def draw_pools(
+    pool: PoolConfig, seed: int, step: jax.Array, *, rows: int, layers: int, documents: int, experts: int
+) -> PoolDraws:
+    """Draws n[l,b,g] uniformly from pool.min..pool.max, independently per layer and document.
+
+    A row's draws depend on (seed, step, the row's place in the step) alone, so neither microbatches, remat,
+    the mesh nor added rows change them.
+
+    Args:
+      pool: its `start_step` makes every pool whole before that step.
+      seed: of the run.
+      step: int32 scalar.
+      rows, layers, documents: B, L, G.
+      experts: the largest R, the size that means "no pool".
+    """
+    key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), step)
+    row_keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(rows))
+
+    def draw(row_key: jax.Array) -> PoolDraws:
+        size_key, order_key = jax.random.split(row_key)
+        shape = (layers, documents)
+        size = jax.random.randint(size_key, shape, pool.min, pool.max + 1, dtype=jnp.int32)
+        return PoolDraws(size, jax.random.bits(order_key, (*shape, 2), jnp.uint32))
+
+    draws = jax.vmap(draw)(row_keys)
+    return draws._replace(size_BLG=jnp.where(step >= pool.start_step, draws.size_BLG, experts))
+
+
+def choose_pool(score_BGR: jax.Array, size_BG: jax.Array, forced: int = 0) -> jax.Array:
+    """The n experts with the largest score, ties to the lower index: bool [B, G, R].
+
+    Args:
+      score_BGR: P[doc], the document's summed router probabilities (or a random order).
+      size_BG: n; at R or more, all experts.
+      forced: the last so many experts are in every pool and count towards n.
+    """
+    experts = score_BGR.shape[-1]
+    index_11R = jnp.arange(experts).reshape(1, 1, experts)
+    score_BGR = jnp.where(index_11R >= experts - forced, jnp.inf, score_BGR)
+    mine, other = score_BGR[..., :, None], score_BGR[..., None, :]
+    # Counting who is ahead needs no sort: R² comparisons fuse into one pass, and ties are explicit.
+    ahead = (other > mine) | ((other == mine) & (index_11R[..., None, :] < index_11R[..., :, None]))
+    return ahead.sum(-1) < size_BG[..., None]
+
+
+def random_scores(seed_BG2: jax.Array, experts: int) -> jax.Array:
+    """A uniform score for each expert of each document [B, G, R], from key data [B, G, 2]."""
+    keys_BG = jax.random.wrap_key_data(seed_BG2, impl="threefry2x32")
+    draw = jax.vmap(jax.vmap(lambda key: jax.random.uniform(key, (experts,), jnp.float32)))
+    return draw(keys_BG)
+
+
+def route(
+    logits_BSR: jax.Array,
+    document_ids_BS: jax.Array,
+    *,
+    choices: int,
+    normalize: bool = False,
+    pool: PoolConfig | None = None,
+    size_BG: jax.Array | None = None,
+    seed_BG2: jax.Array | None = None,
+    documents: int = 1,
+) -> Routing:
+    """Pools, top-C and the sums that losses and metrics need, of one layer.
+
+    Args:
+      logits_BSR: z, float32 or wider.
+      document_ids_BS: int32, 0..G.
+      choices: C.
+      normalize: scale the chosen weights to sum to 1.
+      pool: None or kind "none": no pool.
+      size_BG, seed_BG2: this layer's `PoolDraws`; needed with a pool.
+      documents: G, needed without a pool (for the statistics of documents).
+    """
+    experts = logits_BSR.shape[-1]
+    pooled = pool is not None and pool.kind != "none"
+    documents = size_BG.shape[-1] if pooled else documents
+    dtype = logits_BSR.dtype
+    routed_BS = document_ids_BS > 0
+    document_BSG = jax.nn.one_hot(document_ids_BS - 1, documents, dtype=dtype)  # id 0: a row of zeros
+    length_BG = document_BSG.sum(1)
+    exists_BG = length_BG > 0
+
+    log_p_BSR = jax.nn.log_softmax(jax.lax.stop_gradient(logits_BSR))
+    p_BSR = jnp.exp(log_p_BSR)
+    sum_p_BGR = jnp.einsum("bsg,bsr->bgr", document_BSG, p_BSR, precision="highest")
+    if pooled:
+        score_BGR = random_scores(seed_BG2, experts) if pool.kind == "random" else sum_p_BGR
+        in_pool_BGR = choose_pool(score_BGR, size_BG, pool.forced)
+        # Exact in any precision: each token has one document. Tokens of document 0 keep every logit finite.
+        in_pool_BSR = jnp.einsum("bsg,bgr->bsr", document_BSG, in_pool_BGR.astype(dtype)) > 0.5
+        in_pool_BSR |= ~routed_BS[..., None]
+        masked_BSR = jnp.where(in_pool_BSR, logits_BSR, -jnp.inf)
+        pool_mass_BS = jnp.where(in_pool_BSR, p_BSR, 0).sum(-1)
+        size_BG = jnp.minimum(size_BG, experts)
+    else:
+        masked_BSR, pool_mass_BS, size_BG = logits_BSR, p_BSR.sum(-1), jnp.full_like(length_BG, experts)
+
+    z_BS = jax.nn.logsumexp(masked_BSR, axis=-1)
+    w_BSR = jnp.exp(masked_BSR - z_BS[..., None])
+    # By logits, not by w: equal order, but no ties where exp underflows, so a masked expert is never chosen.
+    _, indices_BSC = jax.lax.top_k(jax.lax.stop_gradient(masked_BSR), choices)
+    chosen_BSCR = jax.nn.one_hot(indices_BSC, experts, dtype=dtype)
+    weights_BSC = (w_BSR[:, :, None, :] * chosen_BSCR).sum(-1)  # a gather whose transpose is not a scatter
+    if normalize:
+        weights_BSC /= weights_BSC.sum(-1, keepdims=True)
+
+    mask_BS = routed_BS.astype(dtype)
+    chosen_BSR = chosen_BSCR.sum(2) * mask_BS[..., None]
+    chosen_BGR = jnp.einsum("bsg,bsr->bgr", document_BSG, chosen_BSR)
+    mean_p_BGR = sum_p_BGR / jnp.maximum(length_BG, 1)[..., None]
+    totals = RoutingTotals(
+        tokens_B=mask_BS.sum(1),
+        documents_B=exists_BG.astype(dtype).sum(1),
+        counts_BR=chosen_BSR.sum(1),
+        weights_BR=(w_BSR * mask_BS[..., None]).sum(1),
+        z_B=(jnp.square(z_BS) * mask_BS).sum(1),
+        token_entropy_B=(-(p_BSR * log_p_BSR).sum(-1) * mask_BS).sum(1),
+        document_entropy_B=jax.scipy.special.entr(mean_p_BGR).sum((1, 2)),
+        pool_mass_B=(pool_mass_BS * mask_BS).sum(1),
+        pool_size_B=jnp.where(exists_BG, size_BG, 0).astype(dtype).sum(1),
+        pool_min_B=jnp.where(exists_BG, size_BG, experts).astype(dtype).min(1),
+        pool_max_B=jnp.where(exists_BG, size_BG, 0).astype(dtype).max(1),
+        unique_B=(chosen_BGR > 0).astype(dtype).sum((1, 2)),
+    )
+    return Routing(
+        jnp.where(routed_BS[..., None], indices_BSC, experts).astype(jnp.int32),
+        weights_BSC * mask_BS[..., None],
+        logits_BSR,
+        totals,
+    )
+
+
+def balance_loss(
+    counts_R: jax.Array,
+    weights_R: jax.Array,
+    tokens: jax.Array,
+    choices: int,
+    counted_tokens: jax.Array | None = None,
+) -> jax.Array:
+    """(R / C) Σ_e f_e p̄_e (paper, L_LB): 1 at perfect balance, 0 without tokens; no gradient through f.
+
+    Args:
+      counts_R: tokens that chose each expert. Leading axes, if any, are separate scopes, here and below.
+      weights_R: sum of w over the scope's tokens.
+      tokens: how many tokens that is.
+      choices: C.
+      counted_tokens: tokens that `counts_R` covers where they are not the same (the running buffer of
+        arXiv 2501.11873, algorithm 1).
+    """
+    counted_tokens = tokens if counted_tokens is None else counted_tokens
+    f_R = jax.lax.stop_gradient(counts_R) / jnp.maximum(counted_tokens, 1)[..., None]
+    mean_w_R = weights_R / jnp.maximum(tokens, 1)[..., None]
+    return counts_R.shape[-1] / choices * (f_R * mean_w_R).sum(-1)

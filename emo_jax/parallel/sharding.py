@@ -1,0 +1,109 @@
+"""The device mesh, the rules table and the map of a function over each device's own rows."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from emo_jax.errors import require
+from emo_jax.parallel.config import MeshConfig
+
+ROW_AXES = ("data", "fsdp")
+"""Mesh axes that the rows of a batch are split over."""
+
+RULES: dict[str, str | None] = {
+    "vocab": None,
+    "embed": "fsdp",
+    "heads": None,
+    "head": None,
+    "mlp": None,
+    "expert": None,
+    "routed": None,
+    "norm": None,
+}
+"""From the logical axes that parameters are annotated with to a mesh axis, or None for whole."""
+
+
+def make_mesh(config: MeshConfig, rows: int, devices: Sequence[Any] | None = None) -> Mesh:
+    """Lays out `devices` (default: all) as data × fsdp.
+
+    Args:
+      config: axis sizes; `data=-1` takes what `fsdp` leaves.
+      rows: rows of a microbatch, which the mesh must divide.
+      devices: real devices, or those of a compile-only topology.
+
+    Raises:
+      UserError: where the axes do not multiply to the devices or do not divide the rows.
+    """
+    devices = jax.devices() if devices is None else devices
+    n = len(devices)
+    divisors = [d for d in range(1, n + 1) if n % d == 0]
+    require(
+        n % config.fsdp == 0,
+        f"mesh.fsdp={config.fsdp} does not divide the {n} devices; it can be one of {divisors}.",
+    )
+    data = n // config.fsdp if config.data == -1 else config.data
+    require(
+        data * config.fsdp == n,
+        f"mesh.data={config.data} × mesh.fsdp={config.fsdp} must equal the {n} devices; "
+        f"set mesh.data=-1 for {n // config.fsdp}.",
+    )
+    require(
+        rows % n == 0,
+        f"data.batch_size / train.microbatches = {rows} rows must be a multiple of the {n} devices; "
+        f"the nearest is {max(n, round(rows / n) * n)}.",
+    )
+    axis_types = (AxisType.Auto, AxisType.Auto)  # jax.make_mesh alone defaults to explicit axes
+    return Mesh(np.asarray(devices).reshape(data, config.fsdp), ROW_AXES, axis_types=axis_types)
+
+
+def param_sharding(mesh: Mesh, logical_axes: PartitionSpec, shape: tuple[int, ...]) -> NamedSharding:
+    """Where a parameter lives, by `RULES`; an axis that its mesh axis does not divide stays whole.
+
+    Raises:
+      ValueError: where two axes of the parameter want the same mesh axis, or one is not in the table.
+    """
+    axes = [RULES[name] if name is not None else None for name in logical_axes]
+    used = [axis for axis in axes if axis is not None]
+    if len(set(used)) != len(used):
+        raise ValueError(f"rules give {tuple(logical_axes)} the mesh axes {axes}: one is used twice")
+    fitting = [
+        axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(axes, shape, strict=True)
+    ]
+    return NamedSharding(mesh, PartitionSpec(*fitting))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over every device; for arrays whose first axis is B."""
+    return NamedSharding(mesh, PartitionSpec(ROW_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same value on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def map_rows(fn: Callable[..., jax.Array], mesh: Mesh | None, *, row_args: int) -> Callable[..., jax.Array]:
+    """Runs `fn` on each device's own rows.
+
+    Args:
+      fn: its first `row_args` arguments and its result have the rows B first; the rest are weights,
+        which every device sees whole and whose gradients are summed over devices.
+      mesh: None, or one device: `fn` itself.
+      row_args: how many leading arguments are split.
+    """
+    if mesh is None or mesh.size == 1:
+        return fn
+
+    def local(*args: jax.Array) -> jax.Array:
+        # A custom_vjp inside needs weights that vary like the rows; pcast transposes to the sum over devices.
+        weights = [jax.lax.pcast(w, ROW_AXES, to="varying") for w in args[row_args:]]
+        return fn(*args[:row_args], *weights)
+
+    def mapped(*args: jax.Array) -> jax.Array:
+        specs = tuple(PartitionSpec(ROW_AXES) if i < row_args else PartitionSpec() for i in range(len(args)))
+        return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(ROW_AXES))(*args)
+
+    return mapped

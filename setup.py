@@ -1,0 +1,68 @@
+"""What emo_jax is called, what it needs, and which extras exist. Tool settings are in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+README = Path(__file__).with_name("README.md")
+
+# JAX and libtpu are a pair: `jax[tpu]` pins the libtpu that was released with it. Never pin libtpu here.
+# Every entry with jax repeats this range, so that an extra cannot pull in a JAX that the base refuses.
+JAX_RANGE = ">=0.11.2,<0.13"
+
+setup(
+    name="emo_jax",
+    version="0.1.0",
+    description="Pretraining, selection and use of modular mixture-of-experts language models in JAX",
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    author="The emo_jax authors",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    packages=find_packages(include=["emo_jax", "emo_jax.*"]),
+    python_requires=">=3.12",
+    install_requires=[
+        f"jax{JAX_RANGE}",
+        "flax>=0.12.4",
+        "optax>=0.2.6",
+        "orbax-checkpoint>=0.11",
+        "grain>=0.2.15",
+        "tensorflow-datasets>=4.9.9",
+        "chex>=0.1.91",
+        "absl-py>=2.3",
+        "ml_collections>=1.1",
+        "numpy>=2.2",
+        "tokenizers>=0.22",
+        "safetensors>=0.6",
+        "tensorboardX>=2.6.4",
+        "plotly>=6",
+        "zstandard>=0.23",
+    ],
+    extras_require={
+        "tpu": [f"jax[tpu]{JAX_RANGE}"],
+        "cuda13": [f"jax[cuda13]{JAX_RANGE}"],
+        "evaluation": ["lm_eval>=0.4.13"],
+        "notebooks": ["jupyterlab>=4", "ipykernel>=6.29", "nbclient>=0.10"],
+        "dev": [
+            "pytest>=8.4",
+            "pytest-xdist>=3.7",
+            "hypothesis>=6.130",
+            "ruff>=0.12",
+            "mypy>=1.16",
+            "playwright>=1.50",
+            # Compiles for TPUs on a machine without one. libtpu has wheels for this platform only.
+            f"jax[tpu]{JAX_RANGE}; sys_platform == 'linux' and platform_machine == 'x86_64'",
+        ],
+    },
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Operating System :: MacOS",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Programming Language :: Python :: 3.14",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
