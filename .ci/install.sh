@@ -48,6 +48,6 @@ note() {
 }
 if ! run_pip | show_progress; then
     echo "pip could not install emo_jax$extras. The end of what it said (all of it: $log):" >&2
-    tail -n 25 "$log" >&2
+    grep -v -e '^Looking in ' -e '^Requirement already satisfied' "$log" | tail -n 25 >&2
     exit 1
 fi

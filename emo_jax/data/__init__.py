@@ -1,0 +1,29 @@
+"""Where do tokens come from? A source of documents becomes a token store once, then rows and batches of any shape."""
+
+from emo_jax.data.config import DataConfig
+from emo_jax.data.documents import Document, is_heldout
+from emo_jax.data.packing import pack_rows, row, row_domains
+from emo_jax.data.pipeline import heldout_batches, train_batches
+from emo_jax.data.sources import read_documents
+from emo_jax.data.store import Split, TokenStore, build_store, open_store, prepare_store
+from emo_jax.data.tokenizer import encode, load_tokenizer, train_tokenizer
+
+__all__ = [
+    "DataConfig",
+    "Document",
+    "Split",
+    "TokenStore",
+    "build_store",
+    "encode",
+    "heldout_batches",
+    "is_heldout",
+    "load_tokenizer",
+    "open_store",
+    "pack_rows",
+    "prepare_store",
+    "read_documents",
+    "row",
+    "row_domains",
+    "train_batches",
+    "train_tokenizer",
+]

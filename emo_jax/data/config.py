@@ -33,11 +33,12 @@ class DataConfig:
     heldout_documents: int = 40
     """Most held-out documents of a domain that an evaluation reads."""
     max_document_bytes: int = 12_000
-    """Longer documents are cut into pieces of at most this many UTF-8 bytes."""
+    """Longer documents are cut into pieces of at most this many UTF-8 bytes, which then count as documents;
+    all pieces of one are on the same side of the held-out split."""
     max_megabytes: int = 0
     """Stop after this much text (10⁶ bytes), spread evenly over the domains; 0: read everything."""
     cache_dir: str = ""
-    """Where tokens are kept; empty: `data/` in the run directory."""
+    """Local folder where tokens are kept; empty: `data/` in the run directory."""
     shuffle_seed: int = 0
     """Seed of the order of documents and rows."""
 
@@ -51,6 +52,10 @@ class DataConfig:
         for name in ("sequence_length", "batch_size", "max_documents", "heldout_documents", "max_document_bytes"):
             value = getattr(self, name)
             require(value >= 1, f"data.{name}={value} must be at least 1.")
+        require(
+            self.max_document_bytes >= 4,
+            f"data.max_document_bytes={self.max_document_bytes} cannot hold every character; give at least 4.",
+        )
         require(self.sequence_length >= 2, f"data.sequence_length={self.sequence_length} leaves nothing to predict.")
         require(
             0 < self.heldout_fraction < 1,

@@ -1,13 +1,13 @@
 """Readers: each yields documents in an order that depends on nothing but the files."""
 
+import contextlib
 import glob
 import gzip
-import io
 import json
 import pathlib
 import zlib
-from collections.abc import Iterator
-from typing import IO
+from collections.abc import Generator, Iterator
+from typing import Any
 
 import zstandard
 
@@ -20,6 +20,7 @@ DEFAULT_DOMAIN = "text"
 _COMPRESSIONS = ("", ".gz", ".zst", ".zstd")
 _JSONL = tuple(kind + compression for kind in (".jsonl", ".json") for compression in _COMPRESSIONS)
 _TEXT = (".txt", ".md")
+_CHUNK = 1 << 20
 
 
 def read_documents(config: DataConfig) -> Iterator[Document]:
@@ -91,9 +92,10 @@ def _find(path: str, suffixes: tuple[str, ...]) -> Iterator[tuple[pathlib.Path, 
 
 
 def _lines(file: pathlib.Path) -> Iterator[tuple[int, bytes]]:
-    """Yields numbered lines, decompressed by the file's suffix."""
+    """Yields numbered lines that are not blank, decompressed by the file's suffix."""
+    openers: dict[str, Any] = {".gz": gzip.open, ".zst": _zstandard_lines, ".zstd": _zstandard_lines}
     try:
-        with _open(file) as lines:
+        with contextlib.closing(openers.get(file.suffix, open)(file, "rb")) as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     yield number, line
@@ -101,13 +103,21 @@ def _lines(file: pathlib.Path) -> Iterator[tuple[int, bytes]]:
         raise UserError(f"{file} is damaged or not what its suffix says ({error}); fetch it again.") from error
 
 
-def _open(file: pathlib.Path) -> IO[bytes]:
-    if file.suffix == ".gz":
-        return gzip.open(file)
-    if file.suffix in (".zst", ".zstd"):
-        reader = zstandard.ZstdDecompressor().stream_reader(file.open("rb"), read_across_frames=True, closefd=True)
-        return io.BufferedReader(reader)
-    return file.open("rb")
+def _zstandard_lines(file: pathlib.Path, mode: str) -> Generator[bytes]:
+    """Yields lines; unlike the library's own reader it notices a file that was cut off."""
+    decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
+    stream, line = decompressor.decompressobj(), b""
+    with file.open(mode) as compressed:
+        while data := compressed.read(_CHUNK):
+            while data:
+                if stream.eof:
+                    stream = decompressor.decompressobj()
+                *lines, line = (line + stream.decompress(data)).split(b"\n")
+                yield from lines
+                data = stream.unused_data if stream.eof else b""
+    if not stream.eof:
+        raise EOFError("it ends in the middle of a frame")
+    yield line
 
 
 def _parse(line: bytes, where: str) -> Document:

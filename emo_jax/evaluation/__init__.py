@@ -1,0 +1,5 @@
+"""How good is it? Held-out loss by domain, without document pools: likelihoods, comparable between models."""
+
+from emo_jax.evaluation.heldout import HeldoutLoss, make_heldout_loss
+
+__all__ = ["HeldoutLoss", "make_heldout_loss"]

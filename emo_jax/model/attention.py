@@ -34,7 +34,7 @@ def document_attention(
     Queries are cut into chunks that meet only the keys up to their end: half the work of a full
     product, and memory of one chunk.
     """
-    batch, length, heads, width = query_BSHN.shape
+    _, length, heads, width = query_BSHN.shape
     groups = heads // key_BSKN.shape[2]
     if groups > 1:
         key_BSKN, value_BSKN = (jnp.repeat(x, groups, axis=2) for x in (key_BSKN, value_BSKN))

@@ -54,5 +54,3 @@ def init_parameters(config: ModelConfig, seed: int, shardings: Parameters | None
         return nnx.to_pure_dict(nnx.state(Transformer(config, nnx.Rngs(params=key)), nnx.Param))
 
     return jax.jit(init, out_shardings=shardings)(jax.random.key(seed, impl="threefry2x32"))
-
-

@@ -30,7 +30,7 @@ def scale(config: ModelConfig) -> nnx.Param:
 
 
 def rms_norm(x_BSD: jax.Array, scale_D: jax.Array, epsilon: float) -> jax.Array:
-    """x / √(mean x² + ε) · scale, in float32 (or wider), returned in x's dtype."""
+    """Returns x / √(mean x² + ε) · scale, in float32 (or wider), as x's dtype."""
     wide = x_BSD.astype(jnp.promote_types(x_BSD.dtype, jnp.float32))
     normal = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + epsilon)
     return (normal * scale_D.reshape(1, 1, -1)).astype(x_BSD.dtype)

@@ -12,9 +12,13 @@ class MeshConfig:
     data: int = -1
     """Replicas of the parameters; −1: whatever the devices leave."""
     fsdp: int = 1
-    """Shards of every parameter and its optimizer state."""
+    """Shards of every parameter and its optimizer state; −1: whatever the devices leave."""
 
     def validate(self) -> None:
         """Raises `UserError` naming the first field that cannot work."""
-        require(self.fsdp >= 1, f"mesh.fsdp={self.fsdp} must be at least 1.")
-        require(self.data >= 1 or self.data == -1, f"mesh.data={self.data} must be at least 1, or -1 for the rest.")
+        for name in ("data", "fsdp"):
+            value = getattr(self, name)
+            require(value >= 1 or value == -1, f"mesh.{name}={value} must be at least 1, or -1 for the rest.")
+        require(
+            not self.data == self.fsdp == -1, "mesh.data and mesh.fsdp are both -1; only one can take what is left."
+        )

@@ -30,7 +30,7 @@ def make_mesh(config: MeshConfig, rows: int, devices: Sequence[Any] | None = Non
     """Lays out `devices` (default: all) as data × fsdp.
 
     Args:
-      config: axis sizes; `data=-1` takes what `fsdp` leaves.
+      config: axis sizes; an axis of −1 takes what the other leaves.
       rows: rows of a microbatch, which the mesh must divide.
       devices: real devices, or those of a compile-only topology.
 
@@ -39,16 +39,17 @@ def make_mesh(config: MeshConfig, rows: int, devices: Sequence[Any] | None = Non
     """
     devices = jax.devices() if devices is None else devices
     n = len(devices)
-    divisors = [d for d in range(1, n + 1) if n % d == 0]
+    data, fsdp = config.data, config.fsdp
+    for name, size in (("data", data), ("fsdp", fsdp)):
+        divisors = [d for d in range(1, n + 1) if n % d == 0]
+        require(
+            size == -1 or n % size == 0, f"mesh.{name}={size} does not divide the {n} devices; try one of {divisors}."
+        )
+    data = n // fsdp if data == -1 else data
+    fsdp = n // data if fsdp == -1 else fsdp
     require(
-        n % config.fsdp == 0,
-        f"mesh.fsdp={config.fsdp} does not divide the {n} devices; it can be one of {divisors}.",
-    )
-    data = n // config.fsdp if config.data == -1 else config.data
-    require(
-        data * config.fsdp == n,
-        f"mesh.data={config.data} × mesh.fsdp={config.fsdp} must equal the {n} devices; "
-        f"set mesh.data=-1 for {n // config.fsdp}.",
+        data * fsdp == n,
+        f"mesh.data={data} × mesh.fsdp={fsdp} must equal the {n} devices; set mesh.data=-1 for {n // fsdp}.",
     )
     require(
         rows % n == 0,
@@ -56,7 +57,7 @@ def make_mesh(config: MeshConfig, rows: int, devices: Sequence[Any] | None = Non
         f"the nearest is {max(n, round(rows / n) * n)}.",
     )
     axis_types = (AxisType.Auto, AxisType.Auto)  # jax.make_mesh alone defaults to explicit axes
-    return Mesh(np.asarray(devices).reshape(data, config.fsdp), ROW_AXES, axis_types=axis_types)
+    return Mesh(np.asarray(devices).reshape(data, fsdp), ROW_AXES, axis_types=axis_types)
 
 
 def param_sharding(mesh: Mesh, logical_axes: PartitionSpec, shape: tuple[int, ...]) -> NamedSharding:
@@ -69,9 +70,7 @@ def param_sharding(mesh: Mesh, logical_axes: PartitionSpec, shape: tuple[int, ..
     used = [axis for axis in axes if axis is not None]
     if len(set(used)) != len(used):
         raise ValueError(f"rules give {tuple(logical_axes)} the mesh axes {axes}: one is used twice")
-    fitting = [
-        axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(axes, shape, strict=True)
-    ]
+    fitting = [axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(axes, shape, strict=True)]
     return NamedSharding(mesh, PartitionSpec(*fitting))
 
 
@@ -107,3 +106,9 @@ def map_rows(fn: Callable[..., jax.Array], mesh: Mesh | None, *, row_args: int) 
         return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(ROW_AXES))(*args)
 
     return mapped
+
+
+def put_rows(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """This process's rows of a batch as its part of global arrays, split by rows."""
+    sharding = batch_sharding(mesh)
+    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}

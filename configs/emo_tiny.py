@@ -1,0 +1,25 @@
+"""EMO small enough for two CPU cores: the default of `make demo`."""
+
+from emo_jax.config import BalanceConfig, Config, DataConfig, ModelConfig, OptimizerConfig, PoolConfig, TrainConfig
+
+
+def get_config() -> Config:
+    """The run, before overrides."""
+    return Config(
+        model=ModelConfig(
+            vocab_size=1024,
+            d_model=64,
+            num_layers=3,
+            num_heads=2,
+            num_experts=32,
+            num_shared_experts=1,
+            top_k=4,
+            d_expert=32,
+            dtype="float32",
+        ),
+        pool=PoolConfig(kind="document", min=3, max=32),
+        balance=BalanceConfig(weight=0.1, router_z_weight=1e-3),
+        data=DataConfig(sequence_length=128, batch_size=32, max_documents=16),
+        optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=50, final_fraction=0.1),
+        train=TrainConfig(steps=1000, eval_every=100, checkpoint_every=100),
+    )

@@ -1,0 +1,8 @@
+"""What do experts mean? Figures and pages that answer it.
+
+`write_report` turns a run directory into one self-contained page that opens offline.
+"""
+
+from emo_jax.analysis.report import write_report
+
+__all__ = ["write_report"]

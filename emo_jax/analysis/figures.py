@@ -1,0 +1,166 @@
+"""Plotly figures that stay readable on a light or a dark page and on a phone, as HTML fragments."""
+
+import html
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import plotly.colors
+import plotly.graph_objects as go
+import plotly.io
+
+from emo_jax.analysis.run import Series, thin
+
+GREY = "#8b929c"
+BLUE = "#3f78d8"
+ORANGE = "#e0742f"
+# All of middling lightness: they must be told from white and from near-black.
+DOMAIN_COLOURS = (
+    *("#3f78d8", "#e0742f", "#3f9c5a", "#c8507f", "#8a63cc", "#2a9fae"),
+    *("#b58a1b", "#a0634a", "#6f8f2f", "#7f8bd9", "#d0605c", "#5c7f95"),
+)
+_LAYER_RAMP = ("#3168d8", "#7f5fd0", "#c24f9a", "#dc5a55", "#dd8a2b")  # early to late
+_LOAD_COLOURS = ((0, "#2c5fb8"), (0.25, "#8fb0e0"), (0.5, "#eceae6"), (0.75, "#eda274"), (1, "#c2491d"))
+_FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
+_CONFIG = {"responsive": True, "displaylogo": False, "displayModeBar": False}
+
+
+class Curve(NamedTuple):
+    """One line of a figure; `key` names the legend chip that isolates it."""
+
+    name: str
+    data: Series
+    colour: str
+    key: str = ""
+    width: float = 1.6
+    opacity: float = 1.0
+    dash: str = "solid"
+    band: bool = False
+    """Shade between this curve and the one before it."""
+
+
+class Rule(NamedTuple):
+    """A dashed reference line: at a y `value`, or at a step."""
+
+    value: float
+    label: str
+    at_step: bool = False
+
+
+def layer_colours(layers: int) -> list[str]:
+    """One colour a layer, from early to late."""
+    if layers == 1:
+        return [_LAYER_RAMP[0]]
+    return plotly.colors.sample_colorscale(list(_LAYER_RAMP), np.linspace(0, 1, layers).tolist())
+
+
+def line_figure(
+    name: str,
+    curves: Sequence[Curve],
+    *,
+    hover: str = ".3f",
+    unit: str = "",
+    points: int = 2000,
+    rules: Sequence[Rule] = (),
+    height: int = 250,
+    **y_axis: Any,
+) -> str:
+    """Curves over steps as an HTML fragment.
+
+    Args:
+      name: unique on the page; the element's id.
+      curves: drawn in this order. Each is thinned to `points`.
+      hover: d3 format of a value.
+      unit: shown after it.
+      points: most points a curve keeps.
+      rules: reference lines.
+      height: in pixels.
+      y_axis: further attributes of Plotly's y axis.
+    """
+    figure = go.Figure()
+    for curve in curves:
+        steps, values = thin(curve.data, points)
+        sparse = len(values) <= 30 and not curve.band and curve.width > 0
+        figure.add_scatter(
+            x=steps,
+            y=values.astype(np.float32),
+            name=html.escape(shorten(curve.name, 28)),
+            mode="lines+markers" if sparse else "lines",
+            line={"color": curve.colour, "width": curve.width, "dash": curve.dash},
+            marker={"size": 5},
+            opacity=curve.opacity,
+            fill="tonexty" if curve.band else None,
+            fillcolor="rgba(139, 146, 156, 0.18)" if curve.band else None,
+            hovertemplate=f"%{{y:{hover}}}{f' {unit}' if unit else ''}",
+            meta=curve.key or None,
+        )
+    for rule in rules:
+        add = figure.add_vline if rule.at_step else figure.add_hline
+        add(
+            rule.value,
+            line={"color": GREY, "width": 1, "dash": "dash"},
+            annotation={"text": rule.label, "font_size": 11},
+            annotation_position="top right" if rule.at_step else "top left",
+        )
+    figure.update_layout(hovermode="x unified" if len(curves) <= 12 else "closest")
+    figure.update_xaxes(title={"text": "step", "standoff": 6}, tickformat=",d", hoverformat=",d", nticks=7)
+    figure.update_xaxes(unifiedhovertitle_text="step %{x:,d}")
+    figure.update_yaxes(automargin=True, nticks=6, exponentformat="power", **y_axis)
+    return _fragment(name, figure, height)
+
+
+def load_heatmap(name: str, loads: Sequence[Sequence[float]], labels: Sequence[str]) -> str:
+    """Tokens per expert relative to the mean, layers × experts; rows may differ in length."""
+    experts = max(map(len, loads))
+    load_LR = np.full((len(loads), experts), np.nan, dtype=np.float32)
+    for row, load in zip(load_LR, loads, strict=True):
+        row[: len(load)] = np.array(load, dtype=np.float32)
+    figure = go.Figure(
+        go.Heatmap(
+            z=load_LR,
+            y=[f"layer {label}" for label in labels],
+            colorscale=_LOAD_COLOURS,
+            zmin=0,
+            zmax=2,
+            xgap=1 if experts <= 64 else 0,
+            ygap=1,
+            hovertemplate="%{y}, expert %{x}<br>%{z:.2f} × the mean load<extra></extra>",
+            colorbar={
+                **{"orientation": "h", "thickness": 8, "len": 0.6, "outlinewidth": 0, "x": 0, "xanchor": "left"},
+                **{"y": 1, "yanchor": "bottom", "tickvals": [0, 0.5, 1, 1.5, 2]},
+                "ticktext": ["unused", "½", "mean load", "1½", "2× or more"],
+            },
+        )
+    )
+    figure.update_xaxes(title={"text": "routed expert", "standoff": 6}, showgrid=False, zeroline=False)
+    figure.update_yaxes(autorange="reversed", automargin=True, showgrid=False)
+    return _fragment(name, figure, 110 + min(max(26 * len(loads), 90), 620))
+
+
+def shorten(text: str, length: int) -> str:
+    """`text`, cut with an ellipsis where it is longer."""
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def _fragment(name: str, figure: go.Figure, height: int) -> str:
+    # Colours of text and grid come from the page's style sheet, which knows light from dark.
+    figure.update_layout(
+        template="none",
+        font={"family": _FONT, "size": 12, "color": GREY},
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        margin={"l": 8, "r": 12, "t": 14, "b": 40},
+        showlegend=False,
+        hoverlabel={"bgcolor": "#22262e", "bordercolor": "#22262e", "font": {"color": "#f2f3f5", "size": 12}},
+    )
+    figure.update_yaxes(zeroline=False)
+    return plotly.io.to_html(
+        figure,
+        config=_CONFIG,
+        include_plotlyjs=False,
+        full_html=False,
+        default_width="100%",
+        default_height=f"{height}px",
+        div_id=name,
+        validate=False,
+    )

@@ -1,0 +1,124 @@
+"""The public face: `load` a model from a folder and call it.
+
+Letters: B rows, S sequence, V vocabulary.
+"""
+
+import copy
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from emo_jax.errors import UserError, require
+from emo_jax.interop import read_config, read_parameters
+from emo_jax.interop.huggingface import CONFIG_FILE, read_json
+from emo_jax.model import ModelConfig, bind
+from emo_jax.model.functional import Parameters
+
+
+class Model:
+    """A model and its parameters, ready to call.
+
+    Attributes:
+      config: of the model.
+      params: nested dict of arrays, such as `params["layers"]["00"]["moe"]["router"]`.
+    """
+
+    def __init__(self, config: ModelConfig, params: Parameters):
+        self.config = copy.deepcopy(config)
+        self.params = jax.tree.map(jnp.asarray, params)  # to the device once, not at every call
+        self._forward = jax.jit(functools.partial(_logits, self.config))
+
+    def __call__(self, tokens: ArrayLike, document_ids: ArrayLike | None = None) -> jax.Array:
+        """Next-token logits [B, S, V], float32 (or wider), without a document pool; compiled once a shape.
+
+        Args:
+          tokens: integers [B, S].
+          document_ids: integers [B, S]: contiguous runs of 1, 2, …; 0 is padding, whose logits mean nothing. Each
+            document is computed as if it stood alone, its positions from 0. None: each row is one document.
+
+        Raises:
+          UserError: shapes that do not fit, a token outside the vocabulary, a document in several pieces.
+        """
+        tokens_BS = _integers("tokens", tokens)
+        low, high = tokens_BS.min(initial=0), tokens_BS.max(initial=0)
+        require(
+            low >= 0 and high < self.config.vocab_size,
+            f"tokens must lie in 0..{self.config.vocab_size - 1} (the vocabulary); found {low if low < 0 else high}.",
+        )
+        if document_ids is None:
+            ids_BS = np.ones_like(tokens_BS)
+        else:
+            ids_BS = _integers("document_ids", document_ids)
+            require(
+                ids_BS.shape == tokens_BS.shape,
+                f"document_ids has shape {list(ids_BS.shape)}, tokens {list(tokens_BS.shape)}; they must be equal.",
+            )
+            _check_documents(ids_BS)
+        return self._forward(self.params, tokens_BS, ids_BS)
+
+
+def load(path: str | Path) -> Model:
+    """Reads a model from disk.
+
+    Args:
+      path: a Hugging Face folder (`config.json` with `model_type`, safetensors), or a run directory of
+        `emo_jax.train` (its newest checkpoint).
+
+    Raises:
+      UserError: the path is neither, or what is there cannot be read.
+    """
+    path = Path(path)
+    looked_for = (
+        f"a Hugging Face folder ({CONFIG_FILE} with 'model_type') or a run directory of emo_jax ({CONFIG_FILE} with "
+        "'model')"
+    )
+    require(path.is_dir(), f"{path} is not a folder; looked for {looked_for}.")
+    require((path / CONFIG_FILE).is_file(), f"{path} has no {CONFIG_FILE}; looked for {looked_for}.")
+    values = read_json(path / CONFIG_FILE)
+    if "model_type" in values:
+        config = read_config(path)
+        return Model(config, read_parameters(path, config))
+    if "model" in values:
+        from emo_jax.training import checkpoints  # here, because Orbax takes seconds to import
+
+        run, params, _ = checkpoints.load_parameters(path)
+        return Model(run.model, params)
+    raise UserError(f"{path / CONFIG_FILE} has neither 'model_type' nor 'model'; looked for {looked_for}.")
+
+
+def _logits(config: ModelConfig, params: Parameters, tokens_BS: jax.Array, ids_BS: jax.Array) -> jax.Array:
+    model = bind(config, params)
+    hidden_BSD, _ = model(tokens_BS, ids_BS, _positions(ids_BS))
+    return model.logits(hidden_BSD)
+
+
+def _positions(ids_BS: jax.Array) -> jax.Array:
+    """Places of tokens within their runs of equal ids, from 0: int32 [B, S]."""
+    place_BS = jnp.broadcast_to(jnp.arange(ids_BS.shape[1], dtype=jnp.int32).reshape(1, -1), ids_BS.shape)
+    starts_BS = jnp.diff(ids_BS, axis=1, prepend=-1) != 0
+    return place_BS - jax.lax.cummax(jnp.where(starts_BS, place_BS, 0), axis=1)
+
+
+def _integers(name: str, values: ArrayLike) -> np.ndarray:
+    """As int32 [B, S]."""
+    array = np.asarray(values)
+    require(
+        array.ndim == 2 and np.issubdtype(array.dtype, np.integer),
+        f"{name} must be integers of shape [rows, sequence]; found {array.dtype} of shape {list(array.shape)}.",
+    )
+    return array.astype(np.int32)
+
+
+def _check_documents(ids_BS: np.ndarray) -> None:
+    require(ids_BS.min(initial=0) >= 0, f"document_ids must not be negative; found {ids_BS.min(initial=0)}.")
+    for row, ids_S in enumerate(ids_BS):
+        starts_S = ids_S[np.diff(ids_S, prepend=-1) != 0]
+        runs = starts_S[starts_S > 0]
+        require(
+            len(np.unique(runs)) == len(runs),
+            f"document_ids: row {row} has a document in several pieces; each must be one contiguous run.",
+        )

@@ -1,0 +1,73 @@
+"""What the mains share: a `--config` flag over the run's dataclass, and errors a person can read."""
+
+import difflib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from emo_jax.config import Config, field_names, unknown_field_message
+from emo_jax.errors import UserError
+
+
+def define_config() -> flags.FlagHolder:
+    """Defines `--config=FILE`, whose `get_config()` returns a `Config`, and `--config.section.field=value`."""
+    return config_flags.DEFINE_config_file("config", help_string="File with get_config(), such as configs/emo_tiny.py.")
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Parses flags, runs `main` and exits with its status; a `UserError` is printed without a traceback, status 2."""
+
+    def guarded(argv: list[str]) -> int | None:
+        if len(argv) > 1:
+            raise app.UsageError(f"unexpected argument {argv[1]!r}: every option starts with --")
+        if not flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)  # libraries tell every file they write
+        try:
+            return main()
+        except UserError as error:
+            print(f"Error: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print("\nInterrupted.", file=sys.stderr)
+            return 130
+
+    try:
+        _check_overrides(sys.argv[1:])
+    except UserError as error:  # before absl, whose own answer is a KeyError
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(2)
+    app.run(guarded)
+
+
+def check_config(config: object, path: str) -> Config:
+    """The flag's value as a `Config`.
+
+    Raises:
+      UserError: where the file returned something else.
+    """
+    if not isinstance(config, Config):
+        raise UserError(f"get_config() of {path} returned a {type(config).__name__}, not an emo_jax.config.Config.")
+    return config
+
+
+def _check_overrides(argv: list[str]) -> None:
+    names = field_names()
+    for argument in argv:
+        name = argument.split("=")[0].lstrip("-")
+        if argument.startswith("--config.") and name.removeprefix("config.") not in names:
+            raise UserError(unknown_field_message(name.removeprefix("config.")))
+        if argument.startswith("--config="):
+            _check_file(argument.removeprefix("--config="))
+
+
+def _check_file(path: str) -> None:
+    file = Path(path)
+    if file.is_file():
+        return
+    known = sorted(str(p) for p in (file.parent if file.parent.is_dir() else Path("configs")).glob("*.py"))
+    near = difflib.get_close_matches(path, known, n=1, cutoff=0.3)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    raise UserError(f"There is no config file {path!r}.{hint}")

@@ -1,0 +1,344 @@
+"""Tokens on disk: built once from a source, then read by memory map, so that a resumed run sees the same tokens."""
+
+import contextlib
+import dataclasses
+import fcntl
+import functools
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from emo_jax.data.config import DataConfig
+from emo_jax.data.sources import read_documents
+from emo_jax.data.spool import Spool
+from emo_jax.data.tokenizer import encode, load_tokenizer, train_tokenizer
+from emo_jax.errors import UserError, require
+
+FORMAT_VERSION = 1
+_SPLITS = ("train", "heldout")
+_CONTENT_FIELDS = (
+    "source",
+    "path",
+    "tokenizer",
+    "end_of_text",
+    "heldout_fraction",
+    "heldout_documents",
+    "max_document_bytes",
+    "max_megabytes",
+    "shuffle_seed",
+)
+_TOKENIZER_BYTES = 10_000_000  # text that a tokenizer is trained on; more changes its merges little
+_ENCODE_BYTES = 2_000_000  # text that is tokenized at a time
+_HASH_BYTES = 1 << 22
+
+Log = Callable[[str], None]
+
+
+def _silent(message: str) -> None:
+    del message
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """One side of a store: documents one after another, each followed by the end token.
+
+    Attributes:
+      tokens: uint16 or uint32 [N], read from disk as it is used.
+      offsets: int64 [documents + 1], where each document starts; the last is N.
+      domains: int32 [documents], indices into `TokenStore.domains`.
+    """
+
+    tokens: np.ndarray
+    offsets: np.ndarray
+    domains: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.domains)
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenStore:
+    """A finished store.
+
+    Attributes:
+      directory: where it lies; `tokenizer.json` is in there too.
+      manifest: the contents of `manifest.json`: settings, domains, counts per split and domain, hashes.
+    """
+
+    directory: pathlib.Path
+    manifest: dict[str, Any]
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """Domain names, in the order of their indices."""
+        return tuple(self.manifest["domains"])
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over both token files: equal for equal tokens in an equal order."""
+        return self.manifest["fingerprint"]
+
+    @property
+    def tokenizer_hash(self) -> str:
+        """sha256 of `tokenizer.json`."""
+        return self.manifest["tokenizer"]["sha256"]
+
+    @property
+    def tokenizer_path(self) -> pathlib.Path:
+        """The tokenizer that made the tokens."""
+        return self.directory / "tokenizer.json"
+
+    @property
+    def end_of_text_id(self) -> int:
+        """The token that ends every document."""
+        return self.manifest["tokenizer"]["end_of_text_id"]
+
+    def tokenizer(self) -> Tokenizer:
+        """Loads the tokenizer that made the tokens."""
+        settings = self.manifest["settings"]
+        return load_tokenizer(self.tokenizer_path, settings["end_of_text"], settings["vocab_size"])
+
+    @functools.cached_property
+    def train(self) -> Split:
+        """Training documents, shuffled."""
+        return self._split("train")
+
+    @functools.cached_property
+    def heldout(self) -> Split:
+        """Held-out documents, domain after domain."""
+        return self._split("heldout")
+
+    def _split(self, name: str) -> Split:
+        count = self.manifest[name]["tokens"]
+        path = self.directory / f"{name}.bin"
+        dtype = np.dtype(self.manifest["dtype"])
+        found = path.stat().st_size if path.exists() else 0
+        require(
+            found == count * dtype.itemsize,
+            f"{path} has {found} bytes, its manifest says {count * dtype.itemsize}: delete {self.directory} "
+            "and run again to rebuild it.",
+        )
+        return Split(
+            tokens=np.memmap(path, dtype, "r") if count else np.zeros(0, dtype),
+            offsets=np.load(self.directory / f"{name}_offsets.npy"),
+            domains=np.load(self.directory / f"{name}_domains.npy"),
+        )
+
+
+def prepare_store(
+    config: DataConfig, vocab_size: int, directory: str | os.PathLike[str], log: Log = _silent
+) -> TokenStore:
+    """The store in `directory`, built if there is none yet; a finished one is never read from its source again.
+
+    Processes of one machine may call this at the same time: one builds, the others wait for it.
+
+    Args:
+      config: what to read. Only fields that shape the stored tokens must agree with a store that exists.
+      vocab_size: the model's.
+      directory: local folder.
+      log: receives a line of progress at a time.
+
+    Raises:
+      UserError: if `directory` holds a store made with other settings, or something else.
+    """
+    directory = _local(directory)
+    with _lock(directory):
+        if not directory.exists() or not any(directory.iterdir()):
+            return build_store(config, vocab_size, directory, log)
+    store = open_store(directory)
+    made_with = store.manifest["settings"]
+    for name, value in _settings(config, vocab_size).items():
+        if made_with.get(name) != value:
+            field = "model.vocab_size" if name == "vocab_size" else f"data.{name}"
+            raise UserError(
+                f"{directory} was made with {field}={made_with.get(name)!r}, this run asks for {value!r}. "
+                f"Use another workdir or data.cache_dir, or delete {directory} to make it anew."
+            )
+    log(f"Reusing the tokens in {directory}.")
+    return store
+
+
+def open_store(directory: str | os.PathLike[str]) -> TokenStore:
+    """Opens a finished store.
+
+    Raises:
+      UserError: if there is none, or another version of this library wrote it.
+    """
+    directory = _local(directory)
+    path = directory / "manifest.json"
+    require(path.is_file(), f"{directory} is not a token store: it has no manifest.json. Give another folder.")
+    manifest = json.loads(path.read_text())
+    version = manifest.get("format_version")
+    require(
+        version == FORMAT_VERSION,
+        f"{directory} has token format {version}, this version reads {FORMAT_VERSION}: delete it and run again.",
+    )
+    return TokenStore(directory, manifest)
+
+
+def build_store(
+    config: DataConfig, vocab_size: int, directory: str | os.PathLike[str], log: Log = _silent
+) -> TokenStore:
+    """Reads the source and writes a store; `directory` appears only when it is complete.
+
+    Args:
+      config: what to read.
+      vocab_size: the model's; the size of the tokenizer if one is trained.
+      directory: local folder that does not exist yet or is empty. No other process may build it at the same
+        time: `prepare_store` sees to that.
+      log: receives a line of progress at a time.
+
+    Raises:
+      UserError: if the source holds no training documents, or the tokenizer does not fit.
+    """
+    config.validate()
+    directory = _local(directory)
+    require(
+        not directory.exists() or not any(directory.iterdir()),
+        f"{directory} is not empty: give another folder, or delete it to make it anew.",
+    )
+    building = directory.with_name(f".{directory.name}.building")
+    shutil.rmtree(building, ignore_errors=True)  # left behind by a build that was killed
+    building.mkdir(parents=True)
+    try:
+        _write(config, vocab_size, building, log)
+        os.replace(building, directory)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return open_store(directory)
+
+
+def _write(config: DataConfig, vocab_size: int, directory: pathlib.Path, log: Log) -> None:
+    log(f"Reading {config.source} {config.path}".rstrip() + " ...")
+    texts_path = directory / "texts"
+    spool = Spool(
+        read_documents(config),
+        texts_path,
+        max_piece_bytes=config.max_document_bytes,
+        heldout_fraction=config.heldout_fraction,
+        max_megabytes=config.max_megabytes,
+    )
+    require(len(spool.sizes) > 0, f"data.source={config.source!r} at data.path={config.path!r} holds no text.")
+    keep = spool.within(config.max_megabytes)
+    train = np.flatnonzero(keep & ~spool.heldout)
+    require(
+        len(train) > 0,
+        f"data.heldout_fraction={config.heldout_fraction} leaves none of {len(spool.sizes)} documents for training; "
+        "lower it or give more documents.",
+    )
+    pieces = {
+        "train": np.random.default_rng(config.shuffle_seed).permutation(train),
+        "heldout": _choose_heldout(spool, np.flatnonzero(keep & spool.heldout), config.heldout_documents),
+    }
+
+    if config.tokenizer:
+        tokenizer = load_tokenizer(config.tokenizer, config.end_of_text, vocab_size)
+    else:
+        log(f"Training a tokenizer of {vocab_size} entries ...")
+        tokenizer = train_tokenizer(_sample(spool, pieces["train"]), vocab_size, config.end_of_text)
+        if tokenizer.get_vocab_size() < vocab_size:
+            log(f"The text yields only {tokenizer.get_vocab_size()} entries; the other ids stay unused.")
+    tokenizer_json = tokenizer.to_str(pretty=True).encode()
+    (directory / "tokenizer.json").write_bytes(tokenizer_json)
+
+    dtype = np.uint16 if vocab_size <= 1 << 16 else np.uint32
+    end_id = tokenizer.get_vocab(with_added_tokens=True)[config.end_of_text]
+    counts = {}
+    for name in _SPLITS:
+        counts[name] = _write_split(spool, pieces[name], tokenizer, end_id, np.dtype(dtype), directory / name)
+        log(f"{name}: {counts[name]['documents']} documents, {counts[name]['tokens']} tokens.")
+    texts_path.unlink()
+    missing = [name for name, count in counts["heldout"]["by_domain"].items() if not count["documents"]]
+    if missing:
+        log(f"No held-out documents in {', '.join(missing)}: raise data.heldout_fraction or give more text.")
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "settings": _settings(config, vocab_size),
+        "domains": spool.domains,
+        "dtype": np.dtype(dtype).name,
+        **counts,
+        "duplicates_dropped": spool.duplicates,
+        "tokenizer": {
+            "sha256": hashlib.sha256(tokenizer_json).hexdigest(),
+            "vocab_size": tokenizer.get_vocab_size(),
+            "end_of_text_id": end_id,
+        },
+        "fingerprint": _fingerprint(directory),
+    }
+    (directory / "manifest.json").write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+
+
+def _choose_heldout(spool: Spool, pieces: np.ndarray, most: int) -> np.ndarray:
+    """The first `most` pieces of every domain: first pieces before second ones, then by hash of the document."""
+    domains = spool.domain_of[pieces]
+    pieces = pieces[np.lexsort((spool.hashes[pieces], spool.ranks[pieces], domains))]
+    domains = spool.domain_of[pieces]
+    place = np.arange(len(pieces)) - np.searchsorted(domains, domains)
+    return pieces[place < most]
+
+
+def _sample(spool: Spool, pieces: np.ndarray) -> Iterator[str]:
+    few = np.searchsorted(np.cumsum(spool.sizes[pieces]), _TOKENIZER_BYTES) + 1
+    for _, texts in spool.batches(pieces[:few], _ENCODE_BYTES):
+        yield from texts
+
+
+def _write_split(
+    spool: Spool, pieces: np.ndarray, tokenizer: Tokenizer, end_id: int, dtype: np.dtype, path: pathlib.Path
+) -> dict[str, Any]:
+    """Writes `path`.bin and its arrays; returns the counts for the manifest."""
+    lengths: list[int] = []
+    with path.with_name(f"{path.name}.bin").open("wb") as file:
+        for _, texts in spool.batches(pieces, _ENCODE_BYTES):
+            for ids in encode(tokenizer, texts):
+                ids.append(end_id)
+                file.write(np.array(ids, dtype).tobytes())
+                lengths.append(len(ids))
+    lengths_N = np.array(lengths, np.int64)
+    domains_N = spool.domain_of[pieces]
+    np.save(path.with_name(f"{path.name}_offsets.npy"), np.concatenate(([0], np.cumsum(lengths_N))).astype(np.int64))
+    np.save(path.with_name(f"{path.name}_domains.npy"), domains_N.astype(np.int32))
+
+    def count(chosen: np.ndarray) -> dict[str, int]:
+        sizes = spool.sizes[pieces][chosen]
+        return {"documents": len(sizes), "tokens": int(lengths_N[chosen].sum()), "bytes": int(sizes.sum())}
+
+    by_domain = {name: count(domains_N == index) for index, name in enumerate(spool.domains)}
+    return {**count(np.ones(len(pieces), bool)), "by_domain": by_domain}
+
+
+def _fingerprint(directory: pathlib.Path) -> str:
+    digest = hashlib.sha256()
+    for name in _SPLITS:
+        with (directory / f"{name}.bin").open("rb") as file:
+            while chunk := file.read(_HASH_BYTES):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _settings(config: DataConfig, vocab_size: int) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in _CONTENT_FIELDS} | {"vocab_size": vocab_size}
+
+
+def _local(directory: str | os.PathLike[str]) -> pathlib.Path:
+    require(
+        "://" not in str(directory),
+        f"{directory} is not a local folder: tokens are memory-mapped, so set data.cache_dir to a local one.",
+    )
+    return pathlib.Path(directory).expanduser().absolute()
+
+
+@contextlib.contextmanager
+def _lock(directory: pathlib.Path) -> Iterator[None]:
+    """Held by one process of this machine at a time; the system releases it when a process dies."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with directory.with_name(f".{directory.name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,36 @@
+"""Trains a model: `python -m emo_jax.train --config=configs/emo_tiny.py --workdir=runs/emo_tiny`.
+
+The same command continues a run that was interrupted. Any field of the config can be overridden:
+`--config.data.source=jsonl --config.data.path='texts/*.jsonl.gz' --config.train.steps=2000`.
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from emo_jax import cli
+
+_CONFIG = cli.define_config()
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and report.", required=True)
+
+
+def main() -> int:
+    """Runs the training and prints what it reached."""
+    from emo_jax.training import train  # after flags are parsed: a mistake answers at once
+
+    config = cli.check_config(_CONFIG.value, str(flags.FLAGS["config"].config_filename))
+    result = train(config, Path(_WORKDIR.value))
+    if not result.finished:
+        print(f"Stopped after step {result.step}. The same command goes on from there.")
+        return 130
+    print("\nHeld-out loss by domain (nats a token, no document pool):")
+    width = max(map(len, result.heldout.domains), default=0)
+    for name, (loss, tokens) in sorted(result.heldout.domains.items(), key=lambda item: item[1]):
+        print(f"  {name:<{width}}  {loss:.3f}  ({tokens:,} tokens)")
+    print(f"  {'all':<{width}}  {result.heldout.loss:.3f}  ({result.heldout.tokens:,} tokens)")
+    print(f"\nReport: {result.report}")
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,221 @@
+"""How a run proceeds: set up, resume, step, log, evaluate, save."""
+
+import contextlib
+import dataclasses
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+from jax.sharding import Mesh
+
+from emo_jax.analysis import write_report
+from emo_jax.config import Config
+from emo_jax.data import TokenStore, heldout_batches, prepare_store, train_batches
+from emo_jax.evaluation import HeldoutLoss, make_heldout_loss
+from emo_jax.model import active_parameters, flops_per_token, total_parameters
+from emo_jax.parallel import make_mesh, put_rows
+from emo_jax.training.checkpoints import Checkpoints, same_run
+from emo_jax.training.metrics import PEAK_FLOPS, MetricsLog, Progress, human, to_numbers
+from emo_jax.training.step import TrainState, init_state, make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """How a run ended.
+
+    Attributes:
+      step: steps done.
+      finished: False where it was interrupted; the same command continues it.
+      heldout: the last evaluation, None where interrupted.
+      report: path of the run's `report.html`.
+    """
+
+    step: int
+    finished: bool
+    heldout: HeldoutLoss | None
+    report: Path
+
+
+def train(config: Config, run_dir: Path, log: Callable[[str], None] = print) -> Result:
+    """Trains from the newest checkpoint in `run_dir`, or from the start, to `train.steps`.
+
+    Ctrl-C and SIGTERM end it after the step in flight with a checkpoint.
+
+    Args:
+      config: of the run; validated before any work.
+      run_dir: local folder for everything the run leaves.
+      log: receives messages for people.
+
+    Raises:
+      UserError: on a config that cannot work, or that is not that of the run in `run_dir`.
+    """
+    config.validate()
+    mesh = make_mesh(config.mesh, config.data.batch_size // config.train.microbatches)
+    same_run(run_dir, config)
+    store = prepare_store(config.data, config.model.vocab_size, config.data.cache_dir or run_dir / "data", log)
+    (run_dir / "tokenizer.json").write_bytes(store.tokenizer_path.read_bytes())
+    log(_summary(config, store, mesh))
+    with contextlib.closing(Checkpoints(run_dir, config, store.tokenizer_hash)) as checkpoints:
+        batches = iter(train_batches(store, config.data, jax.process_index(), jax.process_count()))
+        state = checkpoints.restore(mesh, batches)
+        if state is None:
+            state = init_state(config, mesh)
+        else:
+            log(f"Continuing from the checkpoint of step {int(state.step)}.")
+        with contextlib.closing(MetricsLog(run_dir, int(state.step))) as metrics:
+            return _Run(config, run_dir, mesh, store, checkpoints, metrics, log).steps(state, batches)
+
+
+class _Run:
+    """The loop of `train`: dispatches a step, then reads the metrics of the one before."""
+
+    def __init__(
+        self,
+        config: Config,
+        run_dir: Path,
+        mesh: Mesh,
+        store: TokenStore,
+        checkpoints: Checkpoints,
+        metrics: MetricsLog,
+        log: Callable[[str], None],
+    ):
+        self.config, self.run_dir, self.mesh, self.store = config, run_dir, mesh, store
+        self.checkpoints, self.metrics, self.log = checkpoints, metrics, log
+        self.progress = Progress(config.train.steps)
+        self.heldout_loss = make_heldout_loss(config.model, mesh, store.domains)
+        self.heldout: HeldoutLoss | None = None
+        self.tokens_per_step = config.data.batch_size * config.data.sequence_length
+
+    def steps(self, state: TrainState, batches: grain.DatasetIterator) -> Result:
+        """Runs from `state` to the last step or a signal."""
+        train, last = self.config.train, self.config.train.steps
+        step_fn = make_train_step(self.config, self.mesh)
+        done = int(state.step)
+        clock = _Clock()
+        unread: tuple[int, Any] | None = None
+        with _signals() as stop:
+            while done < last and not stop:
+                with clock.waiting():
+                    batch = put_rows(next(batches), self.mesh)
+                with jax.transfer_guard("disallow"):
+                    state, metrics = step_fn(state, batch)
+                if unread:
+                    self._write(*unread, clock)
+                done += 1
+                unread = (done, metrics)
+                evaluate = done == last or (train.eval_every and done % train.eval_every == 0)
+                save = done == last or done % train.checkpoint_every == 0
+                if evaluate or save:  # the line of this step must stand before its checkpoint does
+                    self._write(done, metrics, clock, state if evaluate else None)
+                    unread = None
+                if save:
+                    self.checkpoints.save(state, batches)
+                if evaluate:
+                    clock.restart()
+            if unread:
+                self._write(*unread, clock)
+            if stop and self.checkpoints.latest_step() != done:
+                self.progress.message(f"\nInterrupted: saving step {done} ...")
+                self.checkpoints.save(state, batches)
+        if done == last and self.heldout is None:  # a finished run, started again
+            self.heldout = self._evaluate(state)
+        self.checkpoints.wait()
+        return Result(done, done == last, self.heldout, write_report(self.run_dir))
+
+    def _write(self, step: int, metrics: Any, clock: "_Clock", state: TrainState | None = None) -> None:
+        """Logs a step; evaluates `state` first if given."""
+        line = {"step": step} | to_numbers(metrics)
+        rate = clock.tick(self.tokens_per_step)
+        expert_load = line.get("routing", {}).pop("expert_load", None)
+        if state is not None:
+            self.heldout = self._evaluate(state)
+            line["heldout"] = self.heldout.to_json()
+            if expert_load is not None:
+                line["routing"]["expert_load"] = expert_load
+        line["timing"] = {"tokens_per_second": rate, "seconds": clock.total, "data_wait": clock.wait_share}
+        peak = PEAK_FLOPS.get(self.mesh.devices.flat[0].device_kind)
+        if peak:
+            flops = flops_per_token(self.config.model, self.config.data.sequence_length)
+            line["timing"]["mfu"] = rate * flops / (peak * self.mesh.size)
+        if step % self.config.train.log_every == 0 or state is not None:
+            self.metrics.write(line)
+        left = (self.config.train.steps - step) * self.tokens_per_step / max(rate, 1e-9)
+        self.progress.show(step, line["cross_entropy"], rate, left)
+        if self.heldout is not None and state is not None:
+            self.progress.message(f"step {step}: held-out loss {self.heldout.loss:.4f} nats/token (no document pool)")
+            write_report(self.run_dir)
+
+    def _evaluate(self, state: TrainState) -> HeldoutLoss:
+        rows = self.config.data.batch_size // self.config.train.microbatches
+        batches = heldout_batches(self.store, self.config.data, rows, jax.process_index(), jax.process_count())
+        return self.heldout_loss(state.params, batches)
+
+
+class _Clock:
+    """Throughput of the last steps, smoothed; time spent in evaluations does not count."""
+
+    def __init__(self) -> None:
+        self.total = 0.0
+        self._waited = 0.0
+        self._rate: float | None = None
+        self.wait_share = 0.0
+        self._last: float | None = None
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Times waiting for input."""
+        start = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - start
+
+    def restart(self) -> None:
+        """The next interval starts now."""
+        self._last = time.perf_counter()
+        self._waited = 0.0
+
+    def tick(self, tokens: int) -> float:
+        """Tokens a second, after another step of `tokens`; the first interval, a compilation, is not smoothed in."""
+        now = time.perf_counter()
+        if self._last is None:
+            self._last = now
+            return 0.0
+        seconds = max(now - self._last, 1e-9)
+        self.total += seconds
+        self.wait_share, self._waited, self._last = min(self._waited / seconds, 1.0), 0.0, now
+        rate = tokens / seconds
+        self._rate = rate if self._rate is None else 0.9 * self._rate + 0.1 * rate
+        return self._rate
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Yields a list that fills when SIGINT or SIGTERM arrives; a second SIGINT is a KeyboardInterrupt."""
+    received: list[int] = []
+
+    def handler(number: int, frame: Any) -> None:
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def _summary(config: Config, store: TokenStore, mesh: Mesh) -> str:
+    tokens = len(store.train.tokens)
+    needed = config.train.steps * config.data.batch_size * config.data.sequence_length
+    return (
+        f"Model: {human(total_parameters(config.model))} parameters, {human(active_parameters(config.model))} active "
+        f"per token; pool: {config.pool.kind}.\n"
+        f"Data: {human(tokens)} training tokens in {len(store.domains)} domains; "
+        f"{human(needed)} tokens in {config.train.steps} steps ({needed / max(tokens, 1):.2g} epochs).\n"
+        f"Devices: {mesh.size} × {mesh.devices.flat[0].device_kind}."
+    )

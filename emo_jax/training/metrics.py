@@ -1,0 +1,140 @@
+"""Where numbers go: `metrics.jsonl`, TensorBoard events and the progress line."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+import jax
+import numpy as np
+from tensorboardX import SummaryWriter
+
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "TPU7x": 2307e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+}
+"""Dense bfloat16 operations a second by JAX device kind, from the makers' data sheets."""
+
+
+def to_numbers(tree: Any) -> Any:
+    """Arrays of a metrics tree as Python numbers and lists: waits for the step that made them."""
+    return jax.tree.map(lambda leaf: np.asarray(leaf).tolist(), jax.device_get(tree))
+
+
+class MetricsLog:
+    """`metrics.jsonl`, each logged step once, and the same scalars as TensorBoard events."""
+
+    def __init__(self, run_dir: Path, start_step: int):
+        """Opens the files; lines after `start_step`, which the resumed run computes again, are cut off."""
+        self._path = run_dir / "metrics.jsonl"
+        kept = [line for line in read_metrics(run_dir) if line["step"] <= start_step]
+        temporary = self._path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        temporary.replace(self._path)
+        self._file = self._path.open("a")
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1 if start_step else None)
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Appends a line; `line["step"]` counts steps done."""
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        for name, value in _scalars(line):
+            self._board.add_scalar(name, value, line["step"])
+
+    def close(self) -> None:
+        """Flushes and closes both."""
+        self._file.close()
+        self._board.close()
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """Lines of `metrics.jsonl`; a last one that a kill cut short is left out."""
+    path = run_dir / "metrics.jsonl"
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def _scalars(line: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+    scalars = []
+    for name, value in line.items():
+        if isinstance(value, dict):
+            scalars += _scalars(value, f"{prefix}{name}/")
+        elif isinstance(value, list) and value and not isinstance(value[0], list):
+            scalars += [(f"{prefix}{name}/layer_{i:02d}", x) for i, x in enumerate(value)]
+        elif isinstance(value, int | float) and name != "step":
+            scalars.append((f"{prefix}{name}", value))
+    return scalars
+
+
+class Progress:
+    """One line that renews itself on a terminal; elsewhere a line every `SECONDS`."""
+
+    SECONDS = 15.0
+
+    def __init__(self, steps: int, stream: TextIO | None = None):
+        """For a run of `steps`."""
+        self._steps = steps
+        self._stream = stream or sys.stdout
+        self._terminal = self._stream.isatty()
+        self._shown = -self.SECONDS
+        self._width = 0
+
+    def show(self, step: int, loss: float, tokens_per_second: float, seconds_left: float, note: str = "") -> None:
+        """Shows step, loss, speed and the time left."""
+        now = time.monotonic()
+        last = step == self._steps
+        if not self._terminal and now - self._shown < self.SECONDS and not last:
+            return
+        self._shown = now
+        text = (
+            f"step {step:>{len(str(self._steps))}}/{self._steps}  loss {loss:.4f}  "
+            f"{human(tokens_per_second)} tokens/s  ETA {clock(seconds_left)}{note}"
+        )
+        if self._terminal:
+            width = os.get_terminal_size(self._stream.fileno()).columns - 1
+            self._stream.write("\r" + text[:width].ljust(min(self._width, width)))
+            self._width = len(text)
+        else:
+            self._stream.write(text + "\n")
+        self._stream.flush()
+
+    def message(self, text: str) -> None:
+        """Prints a line of its own above the progress line."""
+        if self._terminal and self._width:
+            self._stream.write("\r" + " " * self._width + "\r")
+            self._width = 0
+        self._stream.write(text + "\n")
+        self._stream.flush()
+
+
+def human(number: float) -> str:
+    """12345.6 as 12.3k."""
+    for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= limit:
+            return f"{number / limit:.3g}{unit}"
+    return f"{number:.3g}"
+
+
+def clock(seconds: float) -> str:
+    """3723.4 as 1h02m."""
+    seconds = int(seconds)
+    if seconds >= 3600:
+        return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
+    return f"{seconds // 60}m{seconds % 60:02d}s"

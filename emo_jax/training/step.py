@@ -1,0 +1,212 @@
+"""One jitted training step: forward, losses, gradients, update.
+
+Letters: B rows, S sequence, L mixture layers, G documents a row.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from emo_jax.config import Config
+from emo_jax.kernels.experts import default_implementation
+from emo_jax.model import PoolDraws, abstract_parameters, bind, draw_pools, init_parameters, logical_axes
+from emo_jax.parallel import batch_sharding, param_sharding, replicated
+from emo_jax.parallel.sharding import ROW_AXES
+from emo_jax.training.loss import Counted, Sums, Tokens, add_to_buffers, combine, routing_metrics
+from emo_jax.training.optimizer import learning_rate, make_optimizer
+
+Batch = dict[str, jax.Array]
+"""`tokens`, `targets`, `document_ids`, `positions` int32 [B, S]; `loss_mask` bool [B, S]."""
+
+
+class TrainState(NamedTuple):
+    """All that a step changes: a plain tree of arrays.
+
+    Attributes:
+      step: int32 scalar, steps done.
+      params: nested dict, float32.
+      opt_state: Optax's.
+    """
+
+    step: jax.Array
+    params: dict[str, Any]
+    opt_state: Any
+
+
+def state_shardings(config: Config, mesh: Mesh) -> TrainState:
+    """Where each array of a `TrainState` lives: parameters by the rules table, moments with them."""
+    abstract = abstract_parameters(config.model)
+    params = jax.tree.map(
+        lambda leaf, axes: param_sharding(mesh, axes, leaf.shape), abstract, logical_axes(config.model)
+    )
+    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    opt_state = optax.tree_utils.tree_map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        jax.eval_shape(optimizer.init, abstract),
+        params,
+        transform_non_params=lambda _: replicated(mesh),
+    )
+    return TrainState(replicated(mesh), params, opt_state)
+
+
+def init_state(config: Config, mesh: Mesh) -> TrainState:
+    """The state before the first step, every array made where it lives."""
+    shardings = state_shardings(config, mesh)
+    params = init_parameters(config.model, config.train.seed, shardings.params)
+    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
+    return TrainState(jax.device_put(jnp.int32(0), shardings.step), params, opt_state)
+
+
+def abstract_state(config: Config, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of a `TrainState`, without making any of it."""
+    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    params = abstract_parameters(config.model)
+    state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, jax.eval_shape(optimizer.init, params))
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        state,
+        state_shardings(config, mesh),
+    )
+
+
+def abstract_batch(config: Config, mesh: Mesh) -> Batch:
+    """Shapes, dtypes and shardings of a global batch."""
+    shape = (config.data.batch_size, config.data.sequence_length)
+    sharding = batch_sharding(mesh)
+    names = ("tokens", "targets", "document_ids", "positions")
+    batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding) for name in names}
+    return batch | {"loss_mask": jax.ShapeDtypeStruct(shape, jnp.bool_, sharding=sharding)}
+
+
+def make_gradients(config: Config, mesh: Mesh) -> Callable[..., tuple[Any, dict[str, Any]]]:
+    """Builds (params, batch, step) → (gradients, metrics), pure and meant to run under `jax.jit`."""
+    implementation = default_implementation(mesh.devices.flat[0].platform)
+    microbatches = config.train.microbatches
+    layers = len(config.model.routed_experts)
+    pooled = config.pool.kind != "none"
+
+    def forward(params: Any, batch: Batch, draws: PoolDraws | None) -> Sums:
+        model = bind(config.model, params)
+        hidden_BSD, routings = model(
+            batch["tokens"],
+            batch["document_ids"],
+            batch["positions"],
+            pool=config.pool,
+            draws=draws,
+            documents=config.data.max_documents,
+            mesh=mesh,
+            implementation=implementation,
+        )
+        loss_BS, z_BS = model.token_losses(hidden_BSD, batch["targets"])
+        mask_BS = batch["loss_mask"]
+        return Sums(
+            jnp.where(mask_BS, loss_BS, 0).sum(),
+            jnp.where(mask_BS, z_BS, 0).sum(),
+            tuple(routing.totals for routing in routings),
+        )
+
+    def split(x: jax.Array) -> jax.Array:
+        """Rows [B, ...] as [microbatch, B / microbatches, ...], each microbatch over all devices."""
+        parts = x.reshape(microbatches, -1, *x.shape[1:])
+        return jax.lax.with_sharding_constraint(parts, NamedSharding(mesh, PartitionSpec(None, ROW_AXES)))
+
+    def join(sums: Sums) -> Sums:
+        """Stacked microbatches as one set of rows."""
+        rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), sums.routing)
+        return Sums(sums.cross_entropy.sum(), sums.logits_z.sum(), rows)
+
+    def whole_step(params: Any, rows: tuple, tokens: Tokens) -> tuple[jax.Array, tuple]:
+        """The loss from sums over the whole step: exact for the product f · p̄ of the global balance loss.
+
+        Microbatches pass through a scan that keeps only their inputs, so memory is that of one
+        microbatch; differentiating through it costs one more forward pass.
+        """
+        if microbatches == 1:
+            sums = forward(params, *rows)
+        else:
+            sums = join(jax.lax.map(jax.checkpoint(lambda part: forward(params, *part)), jax.tree.map(split, rows)))
+        loss, parts = combine(config, sums, tokens)
+        return loss, (parts, sums.routing)
+
+    def accumulated(params: Any, rows: tuple, tokens: Tokens) -> tuple:
+        """Loss, parts, routing and gradients of scopes that a microbatch can see: its addends, summed."""
+
+        def addend(params: Any, part: tuple, buffers: tuple[Counted, ...]) -> tuple[jax.Array, tuple]:
+            sums = forward(params, *part)
+            buffers = add_to_buffers(buffers, jax.lax.stop_gradient(sums.routing))
+            used = buffers if config.balance.scope == "buffer" else None
+            loss, parts = combine(config, sums, tokens, used)
+            return loss, (parts, sums.routing, buffers)
+
+        def body(carry: tuple, part: tuple) -> tuple:
+            total, buffers = carry
+            (loss, (parts, routing, buffers)), grads = jax.value_and_grad(addend, has_aux=True)(params, part, buffers)
+            return (jax.tree.map(jnp.add, total, grads), buffers), (loss, parts, routing)
+
+        dtype = jax.tree.leaves(params)[0].dtype
+        empty = tuple(Counted(jnp.zeros(r, dtype), jnp.zeros((), dtype)) for r in config.model.routed_experts)
+        start = (jax.tree.map(jnp.zeros_like, params), empty)
+        (grads, _), (losses, parts, routing) = jax.lax.scan(body, start, jax.tree.map(split, rows))
+        routing = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), routing)
+        return losses.sum(), jax.tree.map(lambda x: x.sum(0), parts), routing, grads
+
+    def gradients(params: Any, batch: Batch, step: jax.Array) -> tuple[Any, dict[str, Any]]:
+        draws = None
+        if pooled:
+            draws = draw_pools(
+                config.pool,
+                config.train.seed,
+                step,
+                rows=config.data.batch_size,
+                layers=layers,
+                documents=config.data.max_documents,
+                experts=max(config.model.routed_experts),
+            )
+        rows = (batch, draws)
+        tokens = Tokens(batch["loss_mask"].sum(), (batch["document_ids"] > 0).sum())
+        if microbatches == 1 or config.balance.scope == "global":
+            (loss, (parts, routing)), grads = jax.value_and_grad(whole_step, has_aux=True)(params, rows, tokens)
+        else:
+            loss, parts, routing, grads = accumulated(params, rows, tokens)
+        metrics = {"loss": loss, "loss_tokens": tokens.loss, "grad_norm": optax.global_norm(grads)}
+        metrics |= {name: parts[name] for name in ("cross_entropy", "logits_z")}
+        if routing:
+            layer_parts = {name: parts[name] for name in ("balance", "router_z")}
+            metrics["routing"] = layer_parts | routing_metrics(jax.lax.stop_gradient(routing))
+        return grads, metrics
+
+    return gradients
+
+
+def make_train_step(config: Config, mesh: Mesh) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]:
+    """Builds the jitted step. It donates its state, and its randomness comes from (seed, step) alone.
+
+    Returns:
+      (state, batch) → (state, metrics). Metrics are device arrays: scalars, and under `routing` one value
+      a mixture layer; see `routing_metrics`.
+    """
+    gradients = make_gradients(config, mesh)
+    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    schedule = learning_rate(config.optimizer, config.train.steps)
+    shardings = state_shardings(config, mesh)
+
+    @functools.partial(
+        jax.jit,
+        donate_argnums=0,
+        in_shardings=(shardings, batch_sharding(mesh)),
+        out_shardings=(shardings, replicated(mesh)),
+    )
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
+        grads, metrics = gradients(state.params, batch, state.step)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        metrics["learning_rate"] = schedule(state.step)
+        return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
+
+    return train_step

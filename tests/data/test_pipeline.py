@@ -1,0 +1,165 @@
+import dataclasses
+import itertools
+
+import grain
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from emo_jax.data import DataConfig, build_store, heldout_batches, pack_rows, row, train_batches
+from emo_jax.errors import UserError
+
+NAMES = ("tokens", "targets", "document_ids", "positions", "loss_mask")
+
+
+def take(dataset, count):
+    return list(itertools.islice(iter(dataset), count))
+
+
+def assert_equal(batches, others):
+    assert len(batches) == len(others)
+    for batch, other in zip(batches, others, strict=True):
+        assert batch.keys() == other.keys()
+        for name in batch:
+            np.testing.assert_array_equal(batch[name], other[name], err_msg=name)
+
+
+def all_rows(split, config):
+    starts = pack_rows(split.offsets, config.sequence_length, config.max_documents)
+    return [row(split, int(a), int(b), config.sequence_length) for a, b in itertools.pairwise(starts)]
+
+
+def as_bytes(values, index=None):
+    return b"".join((values[name] if index is None else values[name][index]).tobytes() for name in NAMES)
+
+
+def test_batches_have_the_shapes_and_types_of_the_contract(store, config):
+    (batch,) = take(train_batches(store, config), 1)
+    assert tuple(batch) == NAMES
+    for name, values in batch.items():
+        assert values.shape == (8, 32)
+        assert values.dtype == (bool if name == "loss_mask" else np.int32)
+
+
+def test_every_row_comes_once_an_epoch_and_epochs_differ(store, config):
+    expected = sorted(map(as_bytes, all_rows(store.train, config)))
+    count = len(expected)
+    batches = take(train_batches(store, config), -(-2 * count // config.batch_size))
+    seen = [as_bytes(batch, index) for batch in batches for index in range(config.batch_size)]
+    assert sorted(seen[:count]) == expected
+    assert sorted(seen[count : 2 * count]) == expected
+    assert seen[:count] != seen[count : 2 * count]
+
+
+@pytest.mark.parametrize("process_count", [2, 4])
+def test_global_batches_do_not_depend_on_the_number_of_processes(store, config, process_count):
+    whole = take(train_batches(store, config), 12)
+    parts = [take(train_batches(store, config, p, process_count), 12) for p in range(process_count)]
+    joined = [
+        {name: np.concatenate([part[name] for part in step]) for name in NAMES} for step in zip(*parts, strict=True)
+    ]
+    assert_equal(joined, whole)
+
+
+def test_seed_alone_decides_the_order(store, config):
+    assert_equal(take(train_batches(store, config), 3), take(train_batches(store, config), 3))
+    other = take(train_batches(store, dataclasses.replace(config, shuffle_seed=1)), 1)[0]
+    assert not np.array_equal(other["tokens"], take(train_batches(store, config), 1)[0]["tokens"])
+
+
+@pytest.mark.parametrize("step", [0, 1, 17])
+def test_orbax_checkpoint_resumes_at_the_next_batch(store, config, tmp_path, step):
+    expected = take(train_batches(store, config), step + 5)
+    iterator = iter(train_batches(store, config))
+    for _ in range(step):
+        next(iterator)
+    with ocp.CheckpointManager(tmp_path) as manager:
+        state = {"w": np.arange(3)}
+        manager.save(
+            step,
+            args=ocp.args.Composite(state=ocp.args.StandardSave(state), data=grain.checkpoint.CheckpointSave(iterator)),
+        )
+    resumed = iter(train_batches(store, config))
+    with ocp.CheckpointManager(tmp_path) as manager:
+        manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(state), data=grain.checkpoint.CheckpointRestore(resumed)
+            ),
+        )
+    assert_equal([next(resumed) for _ in range(5)], expected[step:])
+
+
+def test_state_of_one_process_resumes_any_number_of_processes(store, config):
+    iterator = iter(train_batches(store, config))
+    for _ in range(6):
+        next(iterator)
+    state = iterator.get_state()
+    expected = next(iterator)
+    halves = []
+    for p in range(2):
+        half = iter(train_batches(store, config, p, 2))
+        half.set_state(state)
+        halves.append(next(half))
+    assert_equal([{name: np.concatenate([h[name] for h in halves]) for name in NAMES}], [expected])
+
+
+def test_store_with_fewer_rows_than_a_batch_repeats_them(config, tmp_path):
+    path = tmp_path / "one.jsonl"
+    path.write_text('{"text": "a few words"}\n')
+    one = dataclasses.replace(config, path=str(path), heldout_fraction=1e-9)
+    store = build_store(one, 300, tmp_path / "store")
+    (batch,) = take(train_batches(store, one), 1)
+    assert len({as_bytes(batch, index) for index in range(8)}) == len(all_rows(store.train, one))
+    with pytest.raises(UserError, match=r"no held-out documents; raise data\.heldout_fraction"):
+        heldout_batches(store, one, 8)
+
+
+@pytest.mark.parametrize("batch_size", [4, 7])
+def test_heldout_batches_cover_the_documents_once_in_one_shape(store, config, batch_size):
+    expected = all_rows(store.heldout, config)
+    dataset = heldout_batches(store, config, batch_size)
+    batches = list(dataset)
+    assert len(dataset) == len(batches) == -(-len(expected) // batch_size)
+    assert {batch["tokens"].shape for batch in batches} == {(batch_size, config.sequence_length)}
+    found = [as_bytes(batch, index) for batch in batches for index in range(batch_size)]
+    assert found[: len(expected)] == [as_bytes(values) for values in expected]
+    padding = b"\0" * len(found[0])
+    assert all(values == padding for values in found[len(expected) :])
+    assert_equal(list(dataset), batches)
+
+
+def test_document_domains_name_the_domain_of_each_token(store, config):
+    counts = np.zeros(len(store.domains), int)
+    for batch in heldout_batches(store, config, 4):
+        domains_BG, ids_BS = batch["document_domains"], batch["document_ids"]
+        assert domains_BG.shape == (4, config.max_documents)
+        assert domains_BG.dtype == np.int32
+        assert ids_BS.max() <= config.max_documents
+        domain_BS = np.take_along_axis(domains_BG, np.maximum(ids_BS - 1, 0), axis=1)
+        counts += np.bincount(domain_BS[ids_BS > 0], minlength=len(counts))
+    by_domain = store.manifest["heldout"]["by_domain"]
+    assert counts.tolist() == [by_domain[name]["tokens"] for name in store.domains]
+
+
+def test_heldout_batches_do_not_depend_on_the_number_of_processes(store, config):
+    whole = list(heldout_batches(store, config, 4))
+    halves = [list(heldout_batches(store, config, 4, p, 2)) for p in range(2)]
+    joined = [{name: np.concatenate([a[name], b[name]]) for name in a} for a, b in zip(*halves, strict=True)]
+    assert_equal(joined, whole)
+
+
+def test_batches_that_cannot_be_divided_are_refused(store, config):
+    with pytest.raises(UserError, match=r"data\.batch_size=8 must be a multiple of the 3 processes"):
+        train_batches(store, config, 0, 3)
+    with pytest.raises(UserError, match=r"process_index=2 .* process_count=2"):
+        train_batches(store, config, 2, 2)
+    with pytest.raises(UserError, match=r"batch_size=5 must be a multiple of the 2 processes"):
+        heldout_batches(store, config, 5, 0, 2)
+
+
+def test_config_refuses_what_cannot_be_packed():
+    with pytest.raises(UserError, match=r"data\.max_document_bytes=3 cannot hold every character"):
+        DataConfig(max_document_bytes=3).validate()
+    with pytest.raises(UserError, match=r"data\.source='jsonl' needs data\.path"):
+        DataConfig(source="jsonl").validate()
