@@ -41,9 +41,12 @@ test: .venv/.installed-dev
 	$(AHEAD_OF_TIME) $(VENV_PYTHON) -m pytest -n 2 --dist loadfile -m '$(MARKERS)' $(ARGS)
 
 check: .venv/.installed-dev
-	$(VENV_PYTHON) -m ruff format --check .
-	$(VENV_PYTHON) -m ruff check .
-	$(VENV_PYTHON) -m mypy emo_jax
+	@status=0; \
+	for command in 'ruff format --check .' 'ruff check .' 'mypy emo_jax'; do \
+	  echo "== $$command"; \
+	  $(VENV_PYTHON) -m $$command || status=1; \
+	done; \
+	exit $$status
 
 bench: .venv/.installed-dev
 	@failed=; found=; \

@@ -31,6 +31,7 @@ setup(
         "chex>=0.1.91",
         "absl-py>=2.3",
         "ml_collections>=1.1",
+        "ml_dtypes>=0.5",
         "numpy>=2.2",
         "tokenizers>=0.22",
         "safetensors>=0.6",

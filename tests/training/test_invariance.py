@@ -1,0 +1,94 @@
+"""A step is the same step on any mesh, in any microbatches, with any remat policy and with rows of padding."""
+
+import jax
+import numpy as np
+import pytest
+
+from tests.training import tiny
+
+
+def assert_equal_steps(ours, wanted, rtol=1e-9):
+    grads, metrics = ours
+    wanted_grads, wanted_metrics = wanted
+    for (path, leaf), other in zip(
+        jax.tree.leaves_with_path(metrics), jax.tree.leaves(wanted_metrics), strict=True
+    ):
+        np.testing.assert_allclose(leaf, other, rtol=rtol, atol=1e-12, err_msg=jax.tree_util.keystr(path))
+    for (path, leaf), other in zip(jax.tree.leaves_with_path(grads), jax.tree.leaves(wanted_grads), strict=True):
+        scale = np.abs(other).max()
+        np.testing.assert_allclose(leaf, other, rtol=rtol, atol=rtol * scale, err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.fixture(scope="module")
+def wanted():
+    with jax.enable_x64(True):
+        return tiny.gradients(tiny.config(), tiny.batch())
+
+
+@pytest.mark.parametrize("mesh", [{"data": 4, "fsdp": 1}, {"data": 2, "fsdp": 2}, {"data": 1, "fsdp": 4}])
+def test_mesh_does_not_change_a_step(wanted, mesh):
+    with jax.enable_x64(True):
+        assert_equal_steps(tiny.gradients(tiny.config(mesh=mesh), tiny.batch(), devices=4), wanted)
+
+
+@pytest.mark.parametrize("microbatches", [2, 4])
+def test_microbatches_do_not_change_a_step_with_the_global_balance_loss(wanted, microbatches):
+    with jax.enable_x64(True):
+        run = tiny.config(train={"microbatches": microbatches})
+        assert_equal_steps(tiny.gradients(run, tiny.batch()), wanted)
+
+
+def test_microbatches_over_devices_do_not_change_a_step(wanted):
+    with jax.enable_x64(True):
+        run = tiny.config(train={"microbatches": 2}, mesh={"data": 4})
+        assert_equal_steps(tiny.gradients(run, tiny.batch(), devices=4), wanted)
+
+
+@pytest.mark.parametrize("remat", ["full", "dots"])
+def test_remat_does_not_change_a_step(wanted, remat):
+    with jax.enable_x64(True):
+        assert_equal_steps(tiny.gradients(tiny.config(model={"remat": remat}), tiny.batch()), wanted)
+
+
+def test_rows_of_padding_do_not_change_a_step(wanted):
+    with jax.enable_x64(True):
+        rows = (*tiny.ROWS, [], [])
+        run = tiny.config(data={"batch_size": len(rows)})
+        assert_equal_steps(tiny.gradients(run, tiny.batch(rows=rows)), wanted)
+
+
+def test_what_padding_contains_does_not_matter(wanted):
+    with jax.enable_x64(True):
+        batch = tiny.batch()
+        padding = batch["document_ids"] == 0
+        batch["tokens"][padding], batch["targets"][padding], batch["positions"][padding] = 5, 7, 3
+        assert_equal_steps(tiny.gradients(tiny.config(), batch), wanted)
+
+
+def test_steps_draw_different_pools(wanted):
+    with jax.enable_x64(True):
+        _, metrics = tiny.gradients(tiny.config(), tiny.batch(), step=1)
+    assert (metrics["routing"]["pool_size_mean"] != wanted[1]["routing"]["pool_size_mean"]).any()
+
+
+@pytest.mark.parametrize("scope", ["global", "microbatch"])
+def test_balance_loss_over_devices_is_of_all_devices_together(scope):
+    """The trap: f · p̄ formed on each device, then averaged, is a local loss; value and gradient must tell."""
+    with jax.enable_x64(True):
+        weights = {"balance": {"weight": 10.0, "scope": scope, "router_z_weight": 0.0}}
+        whole = tiny.gradients(tiny.config(**weights), tiny.batch())
+        split = tiny.gradients(tiny.config(mesh={"data": 4}, **weights), tiny.batch(), devices=4)
+        local = {"balance": weights["balance"] | {"scope": "local", "local_rows": 2}}
+        trapped = tiny.gradients(tiny.config(mesh={"data": 4}, **local), tiny.batch(), devices=4)
+    assert_equal_steps(split, whole)
+    assert (np.abs(trapped[1]["routing"]["balance"] - whole[1]["routing"]["balance"]) > 1e-2).all()
+    router, wanted_router = (g["layers"]["00"]["moe"]["router"] for g in (trapped[0], whole[0]))
+    assert np.linalg.norm(router - wanted_router) > 0.1 * np.linalg.norm(wanted_router)
+
+
+def test_float32_is_close_to_float64(wanted):
+    run = tiny.config(model={"dtype": "float32"})
+    _, metrics = tiny.gradients(run, tiny.batch())
+    assert metrics["loss"].dtype == np.float32
+    # Other initial values than in float64: only the size of the loss is the same.
+    assert abs(metrics["cross_entropy"] - wanted[1]["cross_entropy"]) < 2.0
