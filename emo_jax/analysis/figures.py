@@ -20,7 +20,7 @@ DOMAIN_COLOURS = (
     *("#b58a1b", "#a0634a", "#6f8f2f", "#7f8bd9", "#d0605c", "#5c7f95"),
 )
 _LAYER_RAMP = ("#3168d8", "#7f5fd0", "#c24f9a", "#dc5a55", "#dd8a2b")  # early to late
-_LOAD_COLOURS = ((0, "#2c5fb8"), (0.25, "#8fb0e0"), (0.5, "#eceae6"), (0.75, "#eda274"), (1, "#c2491d"))
+LOAD_COLOURS = ((0, "#2c5fb8"), (0.25, "#8fb0e0"), (0.5, "#eceae6"), (0.75, "#eda274"), (1, "#c2491d"))
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
 _CONFIG = {"responsive": True, "displaylogo": False, "displayModeBar": False}
 
@@ -100,10 +100,12 @@ def line_figure(
             rule.value,
             line={"color": GREY, "width": 1, "dash": "dash"},
             annotation={"text": rule.label, "font_size": 11},
-            annotation_position="top right" if rule.at_step else "top left",
+            annotation_position="top" if rule.at_step else "top right",
         )
     figure.update_layout(hovermode="x unified" if len(curves) <= 12 else "closest")
     figure.update_xaxes(title={"text": "step", "standoff": 6}, tickformat=",d", hoverformat=",d", nticks=7)
+    if all(len(curve.data.steps) == 0 or np.ptp(curve.data.steps) < 6 for curve in curves):
+        figure.update_xaxes(dtick=1)  # steps are whole numbers
     figure.update_xaxes(unifiedhovertitle_text="step %{x:,d}")
     figure.update_yaxes(automargin=True, nticks=6, exponentformat="power", **y_axis)
     return _fragment(name, figure, height)
@@ -119,22 +121,18 @@ def load_heatmap(name: str, loads: Sequence[Sequence[float]], labels: Sequence[s
         go.Heatmap(
             z=load_LR,
             y=[f"layer {label}" for label in labels],
-            colorscale=_LOAD_COLOURS,
+            colorscale=LOAD_COLOURS,
             zmin=0,
             zmax=2,
             xgap=1 if experts <= 64 else 0,
             ygap=1,
             hovertemplate="%{y}, expert %{x}<br>%{z:.2f} × the mean load<extra></extra>",
-            colorbar={
-                **{"orientation": "h", "thickness": 8, "len": 0.6, "outlinewidth": 0, "x": 0, "xanchor": "left"},
-                **{"y": 1, "yanchor": "bottom", "tickvals": [0, 0.5, 1, 1.5, 2]},
-                "ticktext": ["unused", "½", "mean load", "1½", "2× or more"],
-            },
+            showscale=False,
         )
     )
     figure.update_xaxes(title={"text": "routed expert", "standoff": 6}, showgrid=False, zeroline=False)
     figure.update_yaxes(autorange="reversed", automargin=True, showgrid=False)
-    return _fragment(name, figure, 110 + min(max(26 * len(loads), 90), 620))
+    return _fragment(name, figure, 60 + min(max(26 * len(loads), 90), 620))
 
 
 def shorten(text: str, length: int) -> str:
@@ -149,11 +147,12 @@ def _fragment(name: str, figure: go.Figure, height: int) -> str:
         font={"family": _FONT, "size": 12, "color": GREY},
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
-        margin={"l": 8, "r": 12, "t": 14, "b": 40},
+        margin={"l": 8, "r": 12, "t": 18, "b": 40},
         showlegend=False,
         hoverlabel={"bgcolor": "#22262e", "bordercolor": "#22262e", "font": {"color": "#f2f3f5", "size": 12}},
     )
-    figure.update_yaxes(zeroline=False)
+    figure.update_xaxes(zeroline=False)
+    figure.update_yaxes(zeroline=False, ticklabelstandoff=4)
     return plotly.io.to_html(
         figure,
         config=_CONFIG,

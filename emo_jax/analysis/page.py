@@ -18,23 +18,27 @@ body { margin: 0; background: var(--paper); color: var(--ink); overflow-wrap: an
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
 main { max-width: 1080px; margin: 0 auto; padding: 40px 20px 64px; }
 h1 { font-size: 30px; line-height: 1.2; margin: 0; letter-spacing: -0.015em; }
+h1 span { font-weight: 400; color: var(--soft); }
 h2 { font-size: 21px; line-height: 1.3; margin: 48px 0 4px; letter-spacing: -0.01em; }
 h3 { font-size: 15px; margin: 0 0 4px; } h3 small { font-weight: 400; font-size: 13px; color: var(--soft); }
-p { margin: 0 0 12px; max-width: 74ch; } .soft, figcaption { color: var(--soft); }
-header p { margin: 6px 0 0; } code { font: 13px/1.4 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
+p, figcaption { text-wrap: pretty; } p { margin: 0 0 12px; max-width: 90ch; } .soft, figcaption { color: var(--soft); }
+header p { margin: 6px 0 0; max-width: none; } .hint { font-size: 14px; max-width: none; }
+@media (pointer: coarse) { .mouse { display: none; } }
+ code { font: 13px/1.4 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 .progress { height: 6px; border-radius: 3px; background: var(--line); margin: 16px 0; overflow: hidden; }
 .progress div { height: 100%; background: var(--accent); }
 .tiles { display: grid; gap: 12px; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); margin: 16px 0; }
 .tile, .card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 14px 16px; }
 .tile b { display: block; font-size: 24px; line-height: 1.25; font-weight: 600; font-variant-numeric: tabular-nums; }
 .tile span, .tile small { display: block; font-size: 13px; line-height: 1.4; color: var(--soft); }
-.grid { display: grid; gap: 14px; grid-template-columns: repeat(2, minmax(0, 1fr)); margin-top: 14px; }
-.card { margin: 0; min-width: 0; } .wide { grid-column: 1 / -1; }
-figcaption { font-size: 14px; line-height: 1.45; max-width: 84ch; }
+.grid { display: flex; flex-wrap: wrap; gap: 14px; margin-top: 14px; }
+.grid .card { margin: 0; min-width: 0; flex: 1 1 calc(50% - 7px); } .grid .wide { flex-basis: 100%; }
+figcaption { margin-top: 6px; font-size: 14px; line-height: 1.45; max-width: 96ch; }
 .note { background: var(--note); color: var(--note-ink); border-radius: 8px; padding: 10px 14px; font-size: 14px;
   margin: 10px 0 0; max-width: none; }
 .legend { display: flex; flex-wrap: wrap; gap: 6px; align-items: center; margin: 10px 0 0; font-size: 13px;
   color: var(--soft); }
+.scale { flex: 0 1 180px; height: 9px; border-radius: 3px; }
 .chip { font: inherit; color: var(--ink); background: var(--card); border: 1px solid var(--line);
   border-radius: 999px; padding: 3px 10px; display: inline-flex; gap: 6px; align-items: center; }
 button.chip { cursor: pointer; } .legend.chosen button.chip[aria-pressed=false] { opacity: 0.45; }
@@ -48,7 +52,7 @@ tr.changed td { font-weight: 600; } summary { cursor: pointer; font-weight: 600;
 .js-plotly-plot .main-svg > g:not(.hoverlayer) text { fill: var(--soft) !important; }
 .js-plotly-plot .gridlayer path { stroke: var(--grid) !important; }
 @media (max-width: 720px) { main { padding: 24px 14px 48px; } h1 { font-size: 25px; } .optional { display: none; }
-  .grid { grid-template-columns: minmax(0, 1fr); } .tiles { grid-template-columns: repeat(2, minmax(0, 1fr)); }
+  .grid .card { flex-basis: 100%; } .tiles { grid-template-columns: repeat(2, minmax(0, 1fr)); }
   .tile { padding: 11px 12px; } .tile b { font-size: 20px; } .card { padding: 12px; } td.bar { width: 26%; } }
 """
 
@@ -89,7 +93,7 @@ def card(title: str, body: str, caption: str, *, unit: str = "", wide: bool = Fa
     )
 
 
-def legend(label: str, chips: Sequence[tuple[str, str, str]], *, clickable: bool = True) -> str:
+def legend(label: str, chips: Sequence[tuple[str, str, str]], *, clickable: bool = True, note: str = "") -> str:
     """Chips of (key, text, colour), which isolate their curves when clicked."""
     parts = []
     for key, text, colour in chips:
@@ -98,7 +102,14 @@ def legend(label: str, chips: Sequence[tuple[str, str, str]], *, clickable: bool
             parts.append(f'<button class="chip" data-key="{escape(key)}" aria-pressed="false">{dot}</button>')
         else:
             parts.append(f'<span class="chip">{dot}</span>')
-    return f'<div class="legend">{escape(label)} {"".join(parts)}</div>'
+    return f'<div class="legend">{escape(label)} {"".join(parts)} {escape(note)}</div>'
+
+
+def colour_scale(low: str, high: str, colours: Sequence[tuple[float, str]]) -> str:
+    """A gradient between two labels."""
+    stops = ", ".join(f"{colour} {share:.0%}" for share, colour in colours)
+    gradient = f'<i class="scale" style="background:linear-gradient(90deg, {stops})"></i>'
+    return f'<div class="legend">{escape(low)} {gradient} {escape(high)}</div>'
 
 
 def section(title: str, lead: str, cards: Iterable[str], legend_html: str = "") -> str:

@@ -61,6 +61,10 @@ def _header(run: Run) -> str:
         about += f" · {config.pool.kind} pools of {config.pool.min} to {config.pool.max} experts"
     state = "finished" if run.finished else "in progress" if run.records else "not started"
     share = min(run.steps_done / config.train.steps, 1)
+    hint = (
+        '<p class="soft hint mouse">Drag across a figure to zoom in, double-click to zoom out. '
+        "A layer or domain button shows that one alone.</p>"
+    )
     notes = []
     if not run.records:
         notes.append("Nothing is logged yet: metrics.jsonl has no complete line. Figures appear with the first.")
@@ -76,6 +80,7 @@ def _header(run: Run) -> str:
         f"<p><code>{page.escape(run.name)}</code> · step {run.steps_done:,} of {config.train.steps:,} ({share:.0%}), "
         f'{state}</p><div class="progress"><div style="width:{100 * share:.1f}%"></div></div></header>'
         f'{"".join(map(page.note, notes))}<div class="tiles">{"".join(_tiles(run))}</div>'
+        f"{hint if run.records else ''}"
     )
 
 

@@ -101,7 +101,8 @@ def read_config(folder: str | Path) -> ModelConfig:
     if rope.get("rope_type", rope.get("type", "default")) != "default":
         refuse(rope_field, rope)
     theta = values.get("rope_theta") or rope.get("rope_theta")
-    require(theta is not None, f"{path}: the field 'rope_theta' is missing.")
+    if theta is None:
+        raise UserError(f"{path}: the field 'rope_theta' is missing.")
     head_dim = values["hidden_size"] // values["num_attention_heads"]
     if values.get("head_dim", head_dim) not in (None, head_dim):
         refuse("head_dim", values["head_dim"])
@@ -234,16 +235,18 @@ def _mixture(here: str, ours: tuple[str, ...], experts: int, config: ModelConfig
     yield _Tensor(f"{here}.gate.weight", (*ours, "router"), np.transpose, unrouted=shared)
     for public, own in FEED_FORWARD.items():
         for e in range(routed):
-            name = f"{here}.experts.{e}.{public}.weight"
-            yield _Tensor(name, (*ours, "routed", own), lambda stack_RIO, e=e: stack_RIO[e].T)
+            yield _Tensor(f"{here}.experts.{e}.{public}.weight", (*ours, "routed", own), _transposed(e))
         for j in range(shared):
             name = f"{here}.experts.{routed + j}.{public}.weight"
             part = slice(j * hidden, (j + 1) * hidden)
             if own == "down":
-                view = lambda down_FD, part=part: down_FD[part].T  # noqa: E731
-                yield _Tensor(name, (*ours, "shared", own), view, divisor=shared)
+                yield _Tensor(name, (*ours, "shared", own), _transposed(part), divisor=shared)
             else:
-                yield _Tensor(name, (*ours, "shared", own), lambda w_DF, part=part: w_DF[:, part].T)
+                yield _Tensor(name, (*ours, "shared", own), _transposed(slice(None), part))
+
+
+def _transposed(*index: int | slice) -> Callable[[np.ndarray], np.ndarray]:
+    return lambda w: w[index].T
 
 
 def _same(x: np.ndarray) -> np.ndarray:

@@ -1,0 +1,146 @@
+"""Sections that every run's report has: loss, domains, speed."""
+
+import math
+
+from emo_jax.analysis import page
+from emo_jax.analysis.figures import BLUE, DOMAIN_COLOURS, GREY, ORANGE, Curve, Rule, line_figure, shorten
+from emo_jax.analysis.run import Run, Series, human, smooth
+
+
+def loss(run: Run) -> str:
+    """Training and held-out loss over steps."""
+    training, heldout = run.series("cross_entropy"), run.series("heldout", "loss")
+    curves = [Curve("training", training, BLUE)]
+    if len(training.steps) >= 60:
+        mean = smooth(training.values, max(5, len(training.steps) // 50))
+        curves = [
+            Curve("training, as logged", training, BLUE, width=1, opacity=0.35),
+            Curve("training, smoothed", Series(training.steps, mean), BLUE, width=2.2),
+        ]
+    chips = [("", "training", BLUE)]
+    if len(heldout.steps):
+        curves.append(Curve("held-out", heldout, ORANGE, width=2.2))
+        chips.append(("", "held-out", ORANGE))
+    note = ""
+    if run.pooled:
+        start = run.config.pool.start_step
+        subject = f"From step {start:,} on, the training loss" if start else "The training loss"
+        if run.config.pool.kind == "document":
+            note = (
+                f"{subject} is not a likelihood: pools are on, and each document's pool is chosen by reading the whole "
+                "document."
+            )
+        else:
+            note = f"{subject} is that of documents confined to pools drawn at random."
+        note += (
+            " Do not compare it with a standard MoE's training loss. The held-out loss uses no pool: compare that one."
+        )
+    figure = line_figure("loss", curves, unit="nats", height=340, rules=pool_start(run))
+    caption = (
+        "Held-out text is never trained on: when its loss turns upwards while the training loss still falls, the "
+        "model has begun to memorise."
+    )
+    body = page.legend("", chips, clickable=False) + figure
+    cards = [page.card("Cross-entropy", body, caption, unit="nats per token", wide=True, note=note)]
+    return page.section("Loss", "How well the next token is predicted. Lower is better.", cards)
+
+
+def domains(run: Run) -> str:
+    """Held-out loss of each domain, over steps and at the last evaluation."""
+    title, lead = "Held-out loss by domain", "The same evaluation, one kind of text at a time. It uses no pool."
+    record = run.last_with("heldout", "domains")
+    if record is None:
+        return page.section(title, lead, [waiting(run, "No evaluation is logged yet")])
+    last = {
+        name: (float(domain["loss"]), int(domain.get("tokens", 0)))
+        for name, domain in record["heldout"]["domains"].items()
+        if domain.get("loss") is not None and math.isfinite(domain["loss"])
+    }
+    largest = sorted(sorted(last, key=lambda name: -last[name][1])[: len(DOMAIN_COLOURS)])
+    colours = dict(zip(largest, DOMAIN_COLOURS, strict=False))
+    keys = {name: f"domain {number}" for number, name in enumerate(largest)}
+    curves = [
+        Curve(name, run.series("heldout", "domains", name, "loss"), colours[name], key) for name, key in keys.items()
+    ]
+    caption = "Levels differ because some text is easier to predict; look at which curves still fall."
+    if len(last) > len(keys):
+        caption += f" The {len(last) - len(keys)} domains with the fewest tokens are in the table only."
+    figure = line_figure("domains", curves, unit="nats", height=300)
+    cards = [
+        page.card("Held-out loss over steps", figure, caption, unit="nats per token", wide=True),
+        page.card(
+            f"Step {record['step']:,}, hardest first",
+            _domain_table(last, colours),
+            "Perplexity is e to the loss: among how many equally likely tokens the model seems to choose. Few tokens "
+            "make a noisy estimate.",
+            wide=True,
+        ),
+    ]
+    legend = page.legend("domain", [(key, shorten(name, 40), colours[name]) for name, key in keys.items()])
+    return page.section(title, lead, cards, legend)
+
+
+def _domain_table(last: dict[str, tuple[float, int]], colours: dict[str, str]) -> str:
+    longest = max((value for value, _ in last.values()), default=0) or 1
+    rows = []
+    for name, (value, tokens) in sorted(last.items(), key=lambda item: -item[1][0]):
+        colour = colours.get(name, GREY)
+        rows.append(
+            f'<tr><td><i style="background:{colour}"></i> {page.escape(name)}</td>'
+            f'<td class="bar"><div style="width:{100 * value / longest:.1f}%;background:{colour}"></div></td>'
+            f'<td class="number">{value:.3f}</td><td class="number optional">{human(math.exp(min(value, 50)))}</td>'
+            f'<td class="number">{tokens:,}</td></tr>'
+        )
+    return (
+        '<div class="scroll"><table><thead><tr><th>domain</th><th></th><th class="number">loss</th>'
+        '<th class="number optional">perplexity</th><th class="number">tokens</th></tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def speed(run: Run) -> str:
+    """Throughput and what explains it, and the learning rate."""
+    cards = []
+    throughput = run.series("timing", "tokens_per_second")
+    if len(throughput.steps):
+        curve = Curve("throughput", throughput, BLUE)
+        figure = line_figure("throughput", [curve], hover=",.0f", unit="tokens/s", tickformat="~s", rangemode="tozero")
+        caption = "Dips are evaluations, checkpoints or a busy machine."
+        cards.append(page.card("Throughput", figure, caption, unit="tokens per second"))
+    rate = Curve("learning rate", run.series("learning_rate"), BLUE)
+    optimizer = run.config.optimizer
+    warmup = f"{optimizer.warmup_steps:,} steps of warm-up, then" if optimizer.warmup_steps else ""
+    figure = line_figure("learning_rate", [rate], hover=".3~e", rangemode="tozero")
+    plan = f"The plan, not a measurement: {warmup} {optimizer.schedule}.".replace(":  ", ": ")
+    cards.append(page.card("Learning rate", figure, plan))
+    for metric, title, unit, caption in (
+        (
+            "mfu",
+            "Model FLOPs utilisation",
+            "share of the chip's peak",
+            "How much of the chip's peak goes into the model's own arithmetic; recomputation is not counted.",
+        ),
+        (
+            "data_wait",
+            "Waiting for input",
+            "share of a step",
+            "Near zero is right; above a few percent, reading data holds the chip back.",
+        ),
+    ):
+        data = run.series("timing", metric)
+        if len(data.steps):
+            curve = Curve(title.lower(), data, BLUE)
+            figure = line_figure(metric, [curve], hover=".1%", tickformat="~%", rangemode="tozero")
+            cards.append(page.card(title, figure, caption, unit=unit))
+    return page.section("Speed and schedule", "What the hardware gave, and how fast weights moved.", cards)
+
+
+def waiting(run: Run, what: str) -> str:
+    """A card in place of a figure that needs an evaluation."""
+    return page.card(what, "", f"It comes with the held-out evaluation: {run.first_evaluation}.", wide=True)
+
+
+def pool_start(run: Run) -> list[Rule]:
+    """Marks where an annealed run switches pools on."""
+    start = run.config.pool.start_step
+    return [Rule(start, "pools on", at_step=True)] if run.pooled and 0 < start <= run.steps_done else []
