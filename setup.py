@@ -36,7 +36,7 @@ setup(
         "tokenizers>=0.22",
         "safetensors>=0.6",
         "tensorboardX>=2.6.4",
-        "plotly>=6",
+        "plotly>=6.3",
         "zstandard>=0.23",
     ],
     extras_require={

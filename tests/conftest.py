@@ -3,6 +3,12 @@
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # before jax starts: compile-only TPU plugins must not be asked for devices
+# Tests compile much and compute little: LLVM's optimiser would take most of their time.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+)
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 import jax
 

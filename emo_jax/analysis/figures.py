@@ -106,7 +106,7 @@ def line_figure(
     figure.update_xaxes(title={"text": "step", "standoff": 6}, tickformat=",d", hoverformat=",d", nticks=7)
     if all(len(curve.data.steps) == 0 or np.ptp(curve.data.steps) < 6 for curve in curves):
         figure.update_xaxes(dtick=1)  # steps are whole numbers
-    figure.update_xaxes(unifiedhovertitle_text="step %{x:,d}")
+    figure.update_xaxes(unifiedhovertitle_text="step %{x:,d}", spikecolor=GREY, spikethickness=1, spikedash="dot")
     figure.update_yaxes(automargin=True, nticks=6, exponentformat="power", **y_axis)
     return _fragment(name, figure, height)
 

@@ -8,7 +8,10 @@ from plotly.offline import get_plotlyjs
 # The policy lets the browser fetch nothing: whatever text a run holds, the page stays offline.
 _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 
+# Plotly measures its card while the page still loads: nothing that comes later (a scroll bar, a neighbour) may
+# change a card's width.
 _STYLE = """
+html { overflow-y: scroll; }
 :root { color-scheme: light dark; --paper: #f6f6f4; --card: #fff; --ink: #1d2129; --soft: #5b626d;
   --line: #e1e2e4; --grid: #ececee; --accent: #3f78d8; --note: #fdf3dc; --note-ink: #6a4a08; }
 @media (prefers-color-scheme: dark) { :root { --paper: #14161a; --card: #1c1f25; --ink: #e8eaee; --soft: #a0a7b2;
@@ -31,8 +34,8 @@ header p { margin: 6px 0 0; max-width: none; } .hint { font-size: 14px; max-widt
 .tile, .card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 14px 16px; }
 .tile b { display: block; font-size: 24px; line-height: 1.25; font-weight: 600; font-variant-numeric: tabular-nums; }
 .tile span, .tile small { display: block; font-size: 13px; line-height: 1.4; color: var(--soft); }
-.grid { display: flex; flex-wrap: wrap; gap: 14px; margin-top: 14px; }
-.grid .card { margin: 0; min-width: 0; flex: 1 1 calc(50% - 7px); } .grid .wide { flex-basis: 100%; }
+.grid { display: grid; gap: 14px; grid-template-columns: repeat(2, minmax(0, 1fr)); margin-top: 14px; }
+.card { margin: 0; min-width: 0; } .wide { grid-column: 1 / -1; }
 figcaption { margin-top: 6px; font-size: 14px; line-height: 1.45; max-width: 96ch; }
 .note { background: var(--note); color: var(--note-ink); border-radius: 8px; padding: 10px 14px; font-size: 14px;
   margin: 10px 0 0; max-width: none; }
@@ -52,7 +55,7 @@ tr.changed td { font-weight: 600; } summary { cursor: pointer; font-weight: 600;
 .js-plotly-plot .main-svg > g:not(.hoverlayer) text { fill: var(--soft) !important; }
 .js-plotly-plot .gridlayer path { stroke: var(--grid) !important; }
 @media (max-width: 720px) { main { padding: 24px 14px 48px; } h1 { font-size: 25px; } .optional { display: none; }
-  .grid .card { flex-basis: 100%; } .tiles { grid-template-columns: repeat(2, minmax(0, 1fr)); }
+  .grid { grid-template-columns: minmax(0, 1fr); } .tiles { grid-template-columns: repeat(2, minmax(0, 1fr)); }
   .tile { padding: 11px 12px; } .tile b { font-size: 20px; } .card { padding: 12px; } td.bar { width: 26%; } }
 """
 

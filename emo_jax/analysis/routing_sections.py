@@ -57,6 +57,7 @@ def pools(run: Run) -> str:
         unit="mean over documents, smoothed",
         hover=".1f",
         smoothed=True,
+        wide=True,
     )
     if not run.pooled:
         lead = "This run trains without pools: every document may use every expert."
@@ -107,6 +108,7 @@ def health(run: Run) -> str:
             rangemode="tozero",
         ),
         f"Gradients above {clip:g} are scaled down to it. Rare spikes are normal; a steady climb comes before trouble.",
+        wide=True,
     )
     if not run.layers:
         return page.section("Training health", "Is training stable?", [gradient])
@@ -135,7 +137,7 @@ def health(run: Run) -> str:
             "balance",
             f"1 is perfect balance (scope: {balance.scope}); it enters the training loss with weight "
             f"{balance.weight:g}.",
-            rules=[Rule(1, "even")],
+            rules=[Rule(1, "")],
         ),
         _card(
             run,
@@ -169,6 +171,7 @@ def _card(
     caption: str,
     *,
     unit: str = "",
+    wide: bool = False,
     scale: np.ndarray | float = 1.0,
     smoothed: bool = False,
     before: tuple[Curve, ...] = (),
@@ -187,6 +190,5 @@ def _card(
     ]
     points = max(150, min(1000, _POINTS // (9 * len(curves))))
     rules = [*(rules or []), *pool_start(run)]
-    return page.card(
-        title, line_figure(metric, [*before, *curves], points=points, rules=rules, **figure), caption, unit=unit
-    )
+    body = line_figure(metric, [*before, *curves], points=points, rules=rules, **figure)
+    return page.card(title, body, caption, unit=unit, wide=wide)

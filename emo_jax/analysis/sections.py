@@ -98,40 +98,37 @@ def _domain_table(last: dict[str, tuple[float, int]], colours: dict[str, str]) -
     )
 
 
+_TIMINGS = (  # metric, title, unit, hover format, tick format, reading aid
+    (
+        *("tokens_per_second", "Throughput", "tokens per second", ",.0f", "~s"),
+        "Dips are evaluations, checkpoints or a busy machine.",
+    ),
+    (
+        *("mfu", "Model FLOPs utilisation", "share of the chip's peak", ".1%", "~%"),
+        "How much of the chip's peak goes into the model's own arithmetic; recomputation is not counted.",
+    ),
+    (
+        *("data_wait", "Waiting for input", "share of a step", ".1%", "~%"),
+        "Near zero is right; above a few percent, reading data holds the chip back.",
+    ),
+)
+
+
 def speed(run: Run) -> str:
     """Throughput and what explains it, and the learning rate."""
     cards = []
-    throughput = run.series("timing", "tokens_per_second")
-    if len(throughput.steps):
-        curve = Curve("throughput", throughput, BLUE)
-        figure = line_figure("throughput", [curve], hover=",.0f", unit="tokens/s", tickformat="~s", rangemode="tozero")
-        caption = "Dips are evaluations, checkpoints or a busy machine."
-        cards.append(page.card("Throughput", figure, caption, unit="tokens per second"))
-    rate = Curve("learning rate", run.series("learning_rate"), BLUE)
-    optimizer = run.config.optimizer
-    warmup = f"{optimizer.warmup_steps:,} steps of warm-up, then" if optimizer.warmup_steps else ""
-    figure = line_figure("learning_rate", [rate], hover=".3~e", rangemode="tozero")
-    plan = f"The plan, not a measurement: {warmup} {optimizer.schedule}.".replace(":  ", ": ")
-    cards.append(page.card("Learning rate", figure, plan))
-    for metric, title, unit, caption in (
-        (
-            "mfu",
-            "Model FLOPs utilisation",
-            "share of the chip's peak",
-            "How much of the chip's peak goes into the model's own arithmetic; recomputation is not counted.",
-        ),
-        (
-            "data_wait",
-            "Waiting for input",
-            "share of a step",
-            "Near zero is right; above a few percent, reading data holds the chip back.",
-        ),
-    ):
+    for metric, title, unit, hover, ticks, caption in _TIMINGS:
         data = run.series("timing", metric)
         if len(data.steps):
             curve = Curve(title.lower(), data, BLUE)
-            figure = line_figure(metric, [curve], hover=".1%", tickformat="~%", rangemode="tozero")
+            figure = line_figure(metric, [curve], hover=hover, tickformat=ticks, rangemode="tozero")
             cards.append(page.card(title, figure, caption, unit=unit))
+    optimizer = run.config.optimizer
+    warmup = f"{optimizer.warmup_steps:,} steps of warm-up, then " if optimizer.warmup_steps else ""
+    rate = Curve("learning rate", run.series("learning_rate"), BLUE)
+    figure = line_figure("learning_rate", [rate], hover=".3~e", rangemode="tozero")
+    caption = f"The plan, not a measurement: {warmup}{optimizer.schedule}."
+    cards.append(page.card("Learning rate", figure, caption, wide=len(cards) % 2 == 0))
     return page.section("Speed and schedule", "What the hardware gave, and how fast weights moved.", cards)
 
 

@@ -59,12 +59,12 @@ def document_attention(
 class Attention(nnx.Module):
     """Multi-head (or grouped-query) self-attention without biases."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig):
         d, h, k, n = config.d_model, config.num_heads, config.kv_heads, config.head_dim
-        self.query = weight(rngs, config, (d, h, n), ("embed", "heads", "head"))
-        self.key = weight(rngs, config, (d, k, n), ("embed", "heads", "head"))
-        self.value = weight(rngs, config, (d, k, n), ("embed", "heads", "head"))
-        self.out = weight(rngs, config, (h, n, d), ("heads", "head", "embed"))
+        self.query = weight(config, (d, h, n), ("embed", "heads", "head"))
+        self.key = weight(config, (d, k, n), ("embed", "heads", "head"))
+        self.value = weight(config, (d, k, n), ("embed", "heads", "head"))
+        self.out = weight(config, (h, n, d), ("heads", "head", "embed"))
         self.theta = config.rope_theta
 
     def __call__(self, x_BSD: jax.Array, document_ids_BS: jax.Array, positions_BS: jax.Array) -> jax.Array:

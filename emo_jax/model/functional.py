@@ -3,9 +3,11 @@
 import dataclasses
 import functools
 import json
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from emo_jax.model.config import ModelConfig
@@ -16,14 +18,17 @@ Parameters = dict[str, Any]
 
 
 @functools.cache
-def _split(config_json: str) -> tuple[nnx.GraphDef, nnx.State]:
+def _split(config_json: str, x64: bool) -> tuple[nnx.GraphDef, nnx.State]:
+    del x64  # abstract float64 leaves exist only where it is enabled
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(config_json).items()}
     config = ModelConfig(**values)
-    return nnx.split(nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(0))))
+    return nnx.split(nnx.eval_shape(lambda: Transformer(config)))
 
 
 def _abstract(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
-    return _split(json.dumps(dataclasses.asdict(config)))  # configs are mutable, so not hashable themselves
+    return _split(
+        json.dumps(dataclasses.asdict(config)), jax.config.jax_enable_x64
+    )  # configs are mutable, so not hashable themselves
 
 
 def bind(config: ModelConfig, params: Parameters) -> Transformer:
@@ -42,15 +47,33 @@ def logical_axes(config: ModelConfig) -> Parameters:
 
 
 def init_parameters(config: ModelConfig, seed: int, shardings: Parameters | None = None) -> Parameters:
-    """Random initial parameters, made where they live.
+    """Random initial parameters, each made where it lives: no device ever holds one whole that it only shares.
+
+    Matrices are normal with `init_std`, cut at three of it (public recipe: no scaling by depth or width);
+    vectors, the norms' scales, are ones.
 
     Args:
       config: of the model.
-      seed: one threefry key for all of them, split by NNX in the order of definition.
+      seed: of one threefry key, folded with each parameter's place in the tree.
       shardings: a `Sharding` for each; None: the default device.
     """
+    key = jax.random.key(seed, impl="threefry2x32")
+    leaves, tree = jax.tree.flatten(abstract_parameters(config))
+    places = jax.tree.leaves(shardings) if shardings else [None] * len(leaves)
+    values = []
+    for i, (leaf, place) in enumerate(zip(leaves, places, strict=True)):
+        std = config.init_std if leaf.ndim > 1 else None
+        values.append(_initializer(leaf.shape, leaf.dtype, std, place)(jax.random.fold_in(key, i)))
+    return jax.tree.unflatten(tree, values)
 
-    def init(key: jax.Array) -> Parameters:
-        return nnx.to_pure_dict(nnx.state(Transformer(config, nnx.Rngs(params=key)), nnx.Param))
 
-    return jax.jit(init, out_shardings=shardings)(jax.random.key(seed, impl="threefry2x32"))
+@functools.cache
+def _initializer(shape: tuple[int, ...], dtype: Any, std: float | None, sharding: Any) -> Callable[..., jax.Array]:
+    """Compiled once a shape: a threefry draw costs XLA's CPU backend a second, and layers repeat shapes."""
+
+    def init(key: jax.Array) -> jax.Array:
+        if std is None:
+            return jnp.ones(shape, dtype)
+        return jax.random.truncated_normal(key, -3, 3, shape, dtype) * jnp.asarray(std, dtype)
+
+    return jax.jit(init, out_shardings=sharding)

@@ -18,15 +18,14 @@ def param_dtype(config: ModelConfig) -> jnp.dtype:
     return jnp.promote_types(config.dtype, jnp.float32)
 
 
-def weight(rngs: nnx.Rngs, config: ModelConfig, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
-    """A parameter from a normal distribution cut at three standard deviations, its axes named for sharding."""
-    draw = jax.random.truncated_normal(rngs.params(), -3, 3, shape, param_dtype(config))
-    return nnx.Param(draw * config.init_std, out_sharding=axes)
+def weight(config: ModelConfig, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
+    """Declares a parameter, its axes named for sharding; `init_parameters` gives it values where it lives."""
+    return nnx.Param(jnp.zeros(shape, param_dtype(config)), out_sharding=axes)
 
 
 def scale(config: ModelConfig) -> nnx.Param:
-    """An RMSNorm's scale: ones [D]."""
-    return nnx.Param(jnp.ones((config.d_model,), param_dtype(config)), out_sharding=("norm",))
+    """Declares an RMSNorm's scale [D]."""
+    return weight(config, (config.d_model,), ("norm",))
 
 
 def rms_norm(x_BSD: jax.Array, scale_D: jax.Array, epsilon: float) -> jax.Array:
@@ -39,11 +38,11 @@ def rms_norm(x_BSD: jax.Array, scale_D: jax.Array, epsilon: float) -> jax.Array:
 class FeedForward(nnx.Module):
     """Dense SwiGLU: down(silu(gate x) ⊙ up x). Shared experts are one of these, side by side in `hidden`."""
 
-    def __init__(self, config: ModelConfig, hidden: int, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, hidden: int):
         d = config.d_model
-        self.gate = weight(rngs, config, (d, hidden), ("embed", "mlp"))
-        self.up = weight(rngs, config, (d, hidden), ("embed", "mlp"))
-        self.down = weight(rngs, config, (hidden, d), ("mlp", "embed"))
+        self.gate = weight(config, (d, hidden), ("embed", "mlp"))
+        self.up = weight(config, (d, hidden), ("embed", "mlp"))
+        self.down = weight(config, (hidden, d), ("mlp", "embed"))
 
     def __call__(self, x_BSD: jax.Array) -> jax.Array:
         """[B, S, D] to [B, S, D], in x's dtype."""

@@ -18,22 +18,22 @@ from emo_jax.parallel import map_rows
 class RoutedExperts(nnx.Module):
     """Weights of the R routed experts, stacked."""
 
-    def __init__(self, config: ModelConfig, experts: int, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, experts: int):
         d, f = config.d_model, config.d_expert
-        self.gate = weight(rngs, config, (experts, d, f), ("routed", "embed", "mlp"))
-        self.up = weight(rngs, config, (experts, d, f), ("routed", "embed", "mlp"))
-        self.down = weight(rngs, config, (experts, f, d), ("routed", "mlp", "embed"))
+        self.gate = weight(config, (experts, d, f), ("routed", "embed", "mlp"))
+        self.up = weight(config, (experts, d, f), ("routed", "embed", "mlp"))
+        self.down = weight(config, (experts, f, d), ("routed", "mlp", "embed"))
 
 
 class MixtureOfExperts(nnx.Module):
     """y = Σ_chosen w · Expert(x) + Σ_shared Expert(x) (paper section 2)."""
 
-    def __init__(self, config: ModelConfig, experts: int, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, experts: int):
         self.config = config
-        self.router = weight(rngs, config, (config.d_model, experts), ("embed", "expert"))
-        self.routed = RoutedExperts(config, experts, rngs)
+        self.router = weight(config, (config.d_model, experts), ("embed", "expert"))
+        self.routed = RoutedExperts(config, experts)
         if config.num_shared_experts:
-            self.shared = FeedForward(config, config.num_shared_experts * config.d_expert, rngs)
+            self.shared = FeedForward(config, config.num_shared_experts * config.d_expert)
 
     def __call__(
         self,

@@ -29,15 +29,15 @@ REMAT: dict[str, Callable[..., bool] | None] = {
 class Block(nnx.Module):
     """h = x + Attention(norm(x)); y = h + FeedForward(norm(h)); the feed-forward dense or a mixture."""
 
-    def __init__(self, config: ModelConfig, experts: int, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, experts: int):
         self.epsilon = config.norm_epsilon
         self.attention_norm = scale(config)
-        self.attention = Attention(config, rngs)
+        self.attention = Attention(config)
         self.ffn_norm = scale(config)
         if experts:
-            self.moe = MixtureOfExperts(config, experts - config.num_shared_experts, rngs)
+            self.moe = MixtureOfExperts(config, experts - config.num_shared_experts)
         else:
-            self.ffn = FeedForward(config, config.d_dense, rngs)
+            self.ffn = FeedForward(config, config.d_dense)
 
     def __call__(
         self, x_BSD: jax.Array, document_ids_BS: jax.Array, positions_BS: jax.Array, **routing: Any
@@ -55,14 +55,12 @@ class Block(nnx.Module):
 class Transformer(nnx.Module):
     """Pre-norm decoder with an untied head; parameters named as in `layers/00/moe/routed/gate`."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig):
         self.config = config
-        self.embedding = weight(rngs, config, (config.vocab_size, config.d_model), ("vocab", "embed"))
-        self.layers = nnx.Dict(
-            {f"{i:02d}": Block(config, experts, rngs) for i, experts in enumerate(config.layer_experts)}
-        )
+        self.embedding = weight(config, (config.vocab_size, config.d_model), ("vocab", "embed"))
+        self.layers = nnx.Dict({f"{i:02d}": Block(config, experts) for i, experts in enumerate(config.layer_experts)})
         self.final_norm = scale(config)
-        self.head = weight(rngs, config, (config.d_model, config.vocab_size), ("embed", "vocab"))
+        self.head = weight(config, (config.d_model, config.vocab_size), ("embed", "vocab"))
 
     def __call__(
         self,

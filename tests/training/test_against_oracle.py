@@ -24,7 +24,8 @@ def run_for(scope: str, **sections):
     return tiny.config(**merged)
 
 
-def oracle_losses(run, params, batch, step=0):
+def make_oracle(run, batch, step=0):
+    """params → the oracle's losses, with the draws that the step makes."""
     settings = oracle.Settings.of(
         run.model,
         run.pool,
@@ -33,14 +34,14 @@ def oracle_losses(run, params, batch, step=0):
         logits_z_weight=run.train.logits_z_weight,
     )
     if run.pool.kind == "none":
-        return oracle.step_losses(params, batch, settings)
+        return lambda params: oracle.step_losses(params, batch, settings)
     drawn = tiny.draws(run, step)
     sizes = np.moveaxis(np.asarray(drawn.size_BLG), 1, 0)
     scores = None
     if run.pool.kind == "random":
         seeds = np.moveaxis(np.asarray(drawn.seed_BLG), 1, 0)
         scores = [np.asarray(random_scores(s, r)) for s, r in zip(seeds, run.model.routed_experts, strict=True)]
-    return oracle.step_losses(params, batch, settings, sizes, scores)
+    return lambda params: oracle.step_losses(params, batch, settings, sizes, scores)
 
 
 @pytest.mark.parametrize("kind", ["document", "random", "none"])
@@ -50,7 +51,7 @@ def test_losses_and_statistics_are_the_oracles(scope, kind):
         run = run_for(scope, pool={"kind": kind, "forced": 1 if kind == "document" else 0})
         batch = tiny.batch()
         _, metrics = tiny.gradients(run, batch)
-        expected = oracle_losses(run, tiny.parameters(run), batch)
+        expected = make_oracle(run, batch)(tiny.parameters(run))
     for name in ("loss", "cross_entropy", "logits_z"):
         np.testing.assert_allclose(metrics[name], expected[name], rtol=1e-9)
     np.testing.assert_allclose(metrics["routing"]["balance"], expected["balance"], rtol=1e-9)
@@ -67,7 +68,7 @@ def test_gradients_are_the_oracles_finite_differences(scope):
         run = run_for(scope, balance={"weight": 1.0, "router_z_weight": 0.1})
         batch = tiny.batch()
         grads, _ = tiny.gradients(run, batch)
-        params = tiny.parameters(run)
+        params, losses = tiny.parameters(run), make_oracle(run, batch)
         paths = (
             "embedding",
             "head",
@@ -84,7 +85,5 @@ def test_gradients_are_the_oracles_finite_differences(scope):
             for name in path.split("/"):
                 grad = grad[name]
             index = np.unravel_index(np.abs(grad).argmax(), grad.shape)  # where an error could least hide
-            wanted = oracle.finite_difference(
-                lambda moved: oracle_losses(run, moved, batch)["loss"], params, path, index, eps=1e-6
-            )
+            wanted = oracle.finite_difference(lambda moved: losses(moved)["loss"], params, path, index, eps=1e-6)
             np.testing.assert_allclose(grad[index], wanted, rtol=2e-6, err_msg=path)

@@ -10,9 +10,7 @@ from tests.training import tiny
 def assert_equal_steps(ours, wanted, rtol=1e-9):
     grads, metrics = ours
     wanted_grads, wanted_metrics = wanted
-    for (path, leaf), other in zip(
-        jax.tree.leaves_with_path(metrics), jax.tree.leaves(wanted_metrics), strict=True
-    ):
+    for (path, leaf), other in zip(jax.tree.leaves_with_path(metrics), jax.tree.leaves(wanted_metrics), strict=True):
         np.testing.assert_allclose(leaf, other, rtol=rtol, atol=1e-12, err_msg=jax.tree_util.keystr(path))
     for (path, leaf), other in zip(jax.tree.leaves_with_path(grads), jax.tree.leaves(wanted_grads), strict=True):
         scale = np.abs(other).max()
