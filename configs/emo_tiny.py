@@ -19,7 +19,9 @@ def get_config() -> Config:
         ),
         pool=PoolConfig(kind="document", min=3, max=32),
         balance=BalanceConfig(weight=0.1, router_z_weight=1e-3),
-        data=DataConfig(sequence_length=128, batch_size=32, max_documents=16),
+        data=DataConfig(
+            sequence_length=256, batch_size=16, max_documents=16, max_document_bytes=2000, heldout_documents=12
+        ),
         optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=50, final_fraction=0.1),
         train=TrainConfig(steps=1000, eval_every=100, checkpoint_every=100),
     )

@@ -42,14 +42,14 @@ def run(main: Callable[[], int | None]) -> None:
     app.run(guarded)
 
 
-def check_config(config: object, path: str) -> Config:
+def check_config(config: object) -> Config:
     """The flag's value as a `Config`.
 
     Raises:
       UserError: where the file returned something else.
     """
     if not isinstance(config, Config):
-        raise UserError(f"get_config() of {path} returned a {type(config).__name__}, not an emo_jax.config.Config.")
+        raise UserError(f"get_config() of --config returned a {type(config).__name__}, not an emo_jax.config.Config.")
     return config
 
 

@@ -142,7 +142,7 @@ class Config:
         return _from_dict(cls, json.loads(text), "")
 
 
-def _from_dict(cls: type, values: dict[str, Any], prefix: str) -> Any:
+def _from_dict(cls: Any, values: dict[str, Any], prefix: str) -> Any:
     fields = {field.name: field for field in dataclasses.fields(cls)}
     kwargs = {}
     for name, value in values.items():
@@ -158,10 +158,7 @@ def _from_dict(cls: type, values: dict[str, Any], prefix: str) -> Any:
 
 def field_names() -> list[str]:
     """Dotted names of every field of a run's config, such as `model.num_experts`."""
-    names = []
-    for section in dataclasses.fields(Config):
-        names += [f"{section.name}.{field.name}" for field in dataclasses.fields(section.type)]
-    return names
+    return [f"{section}.{name}" for section, fields in dataclasses.asdict(Config()).items() for name in fields]
 
 
 def unknown_field_message(name: str) -> str:

@@ -18,9 +18,9 @@ def main() -> int:
     """Runs the training and prints what it reached."""
     from emo_jax.training import train  # after flags are parsed: a mistake answers at once
 
-    config = cli.check_config(_CONFIG.value, str(flags.FLAGS["config"].config_filename))
+    config = cli.check_config(_CONFIG.value)
     result = train(config, Path(_WORKDIR.value))
-    if not result.finished:
+    if not result.finished or result.heldout is None:
         print(f"Stopped after step {result.step}. The same command goes on from there.")
         return 130
     print("\nHeld-out loss by domain (nats a token, no document pool):")

@@ -20,7 +20,7 @@ Parameters = dict[str, Any]
 @functools.cache
 def _split(config_json: str, x64: bool) -> tuple[nnx.GraphDef, nnx.State]:
     del x64  # abstract float64 leaves exist only where it is enabled
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(config_json).items()}
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(config_json).items()}
     config = ModelConfig(**values)
     return nnx.split(nnx.eval_shape(lambda: Transformer(config)))
 

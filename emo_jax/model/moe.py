@@ -73,8 +73,9 @@ class MixtureOfExperts(nnx.Module):
         )
 
         def experts(x_BSD, indices_BSC, weights_BSC, gate, up, down):
-            flat = [a.reshape(-1, a.shape[-1]) for a in (x_BSD, indices_BSC, weights_BSC)]
-            return routed_experts(*flat, gate, up, down, implementation=implementation).reshape(x_BSD.shape)
+            x, indices, weights = (a.reshape(-1, a.shape[-1]) for a in (x_BSD, indices_BSC, weights_BSC))
+            y = routed_experts(x, indices, weights, gate, up, down, implementation=implementation)
+            return y.reshape(x_BSD.shape)
 
         weights = [w[...].astype(x_BSD.dtype) for w in (self.routed.gate, self.routed.up, self.routed.down)]
         run = map_rows(experts, mesh, row_args=3)

@@ -148,8 +148,7 @@ def route(
       documents: G, needed without a pool (for the statistics of documents).
     """
     experts = logits_BSR.shape[-1]
-    pooled = pool is not None and pool.kind != "none"
-    documents = size_BG.shape[-1] if pooled else documents
+    documents = documents if size_BG is None else size_BG.shape[-1]
     dtype = logits_BSR.dtype
     routed_BS = document_ids_BS > 0
     document_BSG = jax.nn.one_hot(document_ids_BS - 1, documents, dtype=dtype)  # id 0: a row of zeros
@@ -159,7 +158,10 @@ def route(
     log_p_BSR = jax.nn.log_softmax(jax.lax.stop_gradient(logits_BSR))
     p_BSR = jnp.exp(log_p_BSR)
     sum_p_BGR = jnp.einsum("bsg,bsr->bgr", document_BSG, p_BSR, precision="highest")
-    if pooled:
+    if pool is None or pool.kind == "none":
+        masked_BSR, pool_mass_BS, size_BG = logits_BSR, p_BSR.sum(-1), jnp.full_like(length_BG, experts)
+    else:
+        assert size_BG is not None and seed_BG2 is not None, "a pool needs its draws"
         score_BGR = random_scores(seed_BG2, experts) if pool.kind == "random" else sum_p_BGR
         in_pool_BGR = choose_pool(score_BGR, size_BG, pool.forced)
         # Exact in any precision: each token has one document. Tokens of document 0 keep every logit finite.
@@ -168,8 +170,6 @@ def route(
         masked_BSR = jnp.where(in_pool_BSR, logits_BSR, -jnp.inf)
         pool_mass_BS = jnp.where(in_pool_BSR, p_BSR, 0).sum(-1)
         size_BG = jnp.minimum(size_BG, experts)
-    else:
-        masked_BSR, pool_mass_BS, size_BG = logits_BSR, p_BSR.sum(-1), jnp.full_like(length_BG, experts)
 
     z_BS = jax.nn.logsumexp(masked_BSR, axis=-1)
     w_BSR = jnp.exp(masked_BSR - z_BS[..., None])

@@ -16,6 +16,9 @@ from emo_jax.training.step import TrainState, abstract_state
 
 FORMAT_VERSION = 1
 
+_MIN_CHUNK_BYTES = 2**18
+"""Smaller chunks cost more than the reading they save."""
+
 
 class Checkpoints:
     """The `checkpoints/` of a run directory. Saves are atomic and written in the background."""
@@ -83,10 +86,11 @@ class Checkpoints:
 
 def _chunks(path: tuple, leaf: jax.Array) -> ocp.SaveArgs:
     """One chunk an expert for stacked expert weights, so that a subset reads only what it keeps."""
-    names = [getattr(key, "key", None) for key in path]
-    if "routed" not in names or leaf.ndim != 3:
+    stacked = leaf.ndim == 3 and any(getattr(key, "key", None) == "routed" for key in path)
+    expert_bytes = leaf.nbytes // leaf.shape[0] if stacked else 0
+    if expert_bytes < _MIN_CHUNK_BYTES:
         return ocp.SaveArgs()
-    return ocp.SaveArgs(chunk_byte_size=leaf[0].size * leaf.dtype.itemsize, shard_axes=(0,))
+    return ocp.SaveArgs(chunk_byte_size=expert_bytes, shard_axes=(0,))
 
 
 def load_parameters(run_dir: Path) -> tuple[Config, dict[str, Any], int]:

@@ -96,7 +96,7 @@ class Progress:
         self._shown = -self.SECONDS
         self._width = 0
 
-    def show(self, step: int, loss: float, tokens_per_second: float, seconds_left: float, note: str = "") -> None:
+    def show(self, step: int, loss: float, tokens_per_second: float, seconds_left: float) -> None:
         """Shows step, loss, speed and the time left."""
         now = time.monotonic()
         last = step == self._steps
@@ -105,8 +105,10 @@ class Progress:
         self._shown = now
         text = (
             f"step {step:>{len(str(self._steps))}}/{self._steps}  loss {loss:.4f}  "
-            f"{human(tokens_per_second)} tokens/s  ETA {clock(seconds_left)}{note}"
+            f"{human(tokens_per_second)} tokens/s  ETA {clock(seconds_left)}"
         )
+        if not tokens_per_second:  # the first step compiles: nothing to tell yet
+            text = text.split("  ")[0] + f"  loss {loss:.4f}"
         if self._terminal:
             width = os.get_terminal_size(self._stream.fileno()).columns - 1
             self._stream.write("\r" + text[:width].ljust(min(self._width, width)))

@@ -25,7 +25,7 @@ Batch = dict[str, jax.Array]
 
 
 class TrainState(NamedTuple):
-    """All that a step changes: a plain tree of arrays.
+    """All that a step changes: a plain tree of arrays (or of their shapes, or of their shardings).
 
     Attributes:
       step: int32 scalar, steps done.
@@ -33,7 +33,7 @@ class TrainState(NamedTuple):
       opt_state: Optax's.
     """
 
-    step: jax.Array
+    step: Any
     params: dict[str, Any]
     opt_state: Any
 
@@ -76,7 +76,7 @@ def abstract_state(config: Config, mesh: Mesh) -> TrainState:
     )
 
 
-def abstract_batch(config: Config, mesh: Mesh) -> Batch:
+def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes, dtypes and shardings of a global batch."""
     shape = (config.data.batch_size, config.data.sequence_length)
     sharding = batch_sharding(mesh)
@@ -145,7 +145,7 @@ def make_gradients(config: Config, mesh: Mesh) -> Callable[..., tuple[Any, dict[
             loss, parts = combine(config, sums, tokens, used)
             return loss, (parts, sums.routing, buffers)
 
-        def body(carry: tuple, part: tuple) -> tuple:
+        def body(carry: Any, part: Any) -> Any:
             total, buffers = carry
             (loss, (parts, routing, buffers)), grads = jax.value_and_grad(addend, has_aux=True)(params, part, buffers)
             return (jax.tree.map(jnp.add, total, grads), buffers), (loss, parts, routing)
@@ -153,7 +153,8 @@ def make_gradients(config: Config, mesh: Mesh) -> Callable[..., tuple[Any, dict[
         dtype = jax.tree.leaves(params)[0].dtype
         empty = tuple(Counted(jnp.zeros(r, dtype), jnp.zeros((), dtype)) for r in config.model.routed_experts)
         start = (jax.tree.map(jnp.zeros_like, params), empty)
-        (grads, _), (losses, parts, routing) = jax.lax.scan(body, start, jax.tree.map(split, rows))
+        (grads, _), outputs = jax.lax.scan(body, start, jax.tree.map(split, rows))
+        losses, parts, routing = outputs
         routing = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), routing)
         return losses.sum(), jax.tree.map(lambda x: x.sum(0), parts), routing, grads
 
