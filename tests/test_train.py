@@ -34,38 +34,9 @@ SMALL = {
     "train.checkpoint_every": 10,
 }
 WORDS = {
-    "cooking": [
-        "simmer",
-        "the",
-        "onions",
-        "in",
-        "butter",
-        "then",
-        "add",
-        "stock",
-        "salt",
-        "and",
-        "pepper",
-        "to",
-        "taste",
-    ],
-    "sailing": [
-        "the",
-        "skipper",
-        "trims",
-        "a",
-        "sheet",
-        "and",
-        "the",
-        "keel",
-        "bites",
-        "as",
-        "wind",
-        "fills",
-        "the",
-        "jib",
-    ],
-    "law": ["whereas", "the", "party", "of", "the", "first", "part", "shall", "indemnify", "and", "hold", "harmless"],
+    "cooking": ("simmer", "the", "onions", "in", "butter", "then", "add", "stock", "salt", "and", "pepper"),
+    "sailing": ("the", "skipper", "trims", "a", "sheet", "and", "the", "keel", "bites", "as", "wind", "rises"),
+    "law": ("whereas", "the", "party", "of", "the", "first", "part", "shall", "indemnify", "and", "hold"),
 }
 
 

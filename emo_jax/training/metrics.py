@@ -103,12 +103,9 @@ class Progress:
         if not self._terminal and now - self._shown < self.SECONDS and not last:
             return
         self._shown = now
-        text = (
-            f"step {step:>{len(str(self._steps))}}/{self._steps}  loss {loss:.4f}  "
-            f"{human(tokens_per_second)} tokens/s  ETA {clock(seconds_left)}"
-        )
-        if not tokens_per_second:  # the first step compiles: nothing to tell yet
-            text = text.split("  ")[0] + f"  loss {loss:.4f}"
+        text = f"step {step:>{len(str(self._steps))}}/{self._steps}  loss {loss:.4f}"
+        if tokens_per_second:  # not after the first step, which compiles
+            text += f"  {human(tokens_per_second)} tokens/s  ETA {clock(seconds_left)}"
         if self._terminal:
             width = os.get_terminal_size(self._stream.fileno()).columns - 1
             self._stream.write("\r" + text[:width].ljust(min(self._width, width)))

@@ -1,0 +1,130 @@
+"""Where arrays live: meshes that fit, a table that covers every axis, shards of equal size, rows mapped exactly.
+
+Letters: B rows, D width, F hidden.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from emo_jax.errors import UserError
+from emo_jax.model import ModelConfig, abstract_parameters, logical_axes
+from emo_jax.parallel import MeshConfig, batch_sharding, make_mesh, map_rows, param_sharding, put_rows, replicated
+from emo_jax.parallel.sharding import RULES
+
+MODEL = ModelConfig(
+    vocab_size=32, d_model=16, num_layers=2, num_heads=4, num_kv_heads=2, experts_per_layer=(5, 0), top_k=3,
+    d_expert=6, d_dense=10,
+)  # fmt: skip
+
+
+def mesh_of(data, fsdp, rows=4, devices=4):
+    return make_mesh(MeshConfig(data=data, fsdp=fsdp), rows, jax.devices()[:devices])
+
+
+@pytest.mark.parametrize(
+    "data, fsdp, shape", [(-1, 1, (4, 1)), (1, -1, (1, 4)), (-1, 2, (2, 2)), (4, -1, (4, 1)), (2, 2, (2, 2))]
+)
+def test_an_axis_of_minus_1_takes_what_the_other_leaves(data, fsdp, shape):
+    mesh = mesh_of(data, fsdp)
+    assert tuple(mesh.shape.values()) == shape
+    assert list(mesh.devices.flat) == jax.devices()[:4]
+
+
+@pytest.mark.parametrize(
+    "data, fsdp, rows, words",
+    [
+        (3, 1, 4, r"mesh\.data=3 does not divide the 4 devices; try one of \[1, 2, 4\]"),
+        (-1, 5, 4, r"mesh\.fsdp=5 does not divide the 4 devices; try one of \[1, 2, 4\]"),
+        (1, 2, 4, r"mesh\.data=1 × mesh\.fsdp=2 must equal the 4 devices; set mesh\.data=-1 for 2"),
+        (4, 4, 4, r"mesh\.data=4 × mesh\.fsdp=4 must equal the 4 devices; set mesh\.data=-1 for 1"),
+        (-1, 1, 6, r"= 6 rows must be a multiple of the 4 devices; the nearest is 8"),
+        (-1, 1, 1, r"= 1 rows must be a multiple of the 4 devices; the nearest is 4"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_refused_with_sizes_that_do(data, fsdp, rows, words):
+    with pytest.raises(UserError, match=words):
+        mesh_of(data, fsdp, rows)
+
+
+def leaf_axes():
+    return zip(jax.tree.leaves_with_path(abstract_parameters(MODEL)), jax.tree.leaves(logical_axes(MODEL)), strict=True)
+
+
+def test_the_rules_cover_every_axis_of_every_parameter():
+    used = set()
+    for (path, leaf), axes in leaf_axes():
+        assert len(axes) == leaf.ndim, path
+        used |= set(axes)
+    assert used <= set(RULES)
+    assert {RULES[name] for name in used} <= {"data", "fsdp", None}
+
+
+def test_a_parameter_that_would_use_a_mesh_axis_twice_is_refused():
+    with pytest.raises(ValueError, match="used twice"):
+        param_sharding(mesh_of(1, 4), PartitionSpec("embed", "embed"), (16, 16))
+
+
+def test_an_axis_that_the_mesh_does_not_divide_stays_whole():
+    assert param_sharding(mesh_of(1, 4), PartitionSpec("embed", "mlp"), (6, 8)).spec == PartitionSpec(None, None)
+    assert param_sharding(mesh_of(1, 4), PartitionSpec("embed", "mlp"), (8, 6)).spec == PartitionSpec("fsdp", None)
+
+
+@pytest.mark.parametrize("data, fsdp", [(1, 4), (2, 2), (4, 1)])
+def test_each_device_holds_its_share_of_every_matrix(data, fsdp):
+    mesh = mesh_of(data, fsdp)
+    for (path, leaf), axes in leaf_axes():
+        shard = np.prod(param_sharding(mesh, axes, leaf.shape).shard_shape(leaf.shape))
+        assert shard == (leaf.size if leaf.ndim == 1 else leaf.size / fsdp), path  # norms stay whole
+
+
+def test_rows_of_a_batch_are_split_over_both_axes_in_order():
+    batch = {"tokens": np.arange(24, dtype=np.int32).reshape(8, 3), "loss_mask": np.ones((8, 3), bool)}
+    mesh = mesh_of(2, 2, rows=8)
+    placed = put_rows(batch, mesh)
+    for name, array in placed.items():
+        assert array.sharding.is_equivalent_to(batch_sharding(mesh), array.ndim)
+        np.testing.assert_array_equal(array, batch[name])
+    for i, device in enumerate(mesh.devices.flat):
+        (shard,) = (s for s in placed["tokens"].addressable_shards if s.device == device)
+        np.testing.assert_array_equal(shard.data, batch["tokens"][2 * i : 2 * i + 2])
+
+
+# A custom gradient inside, as the experts have: it sees weights whole and knows of no other device.
+@jax.custom_vjp
+def product(x_BD, w_DF):
+    return x_BD @ w_DF
+
+
+product.defvjp(lambda x, w: (x @ w, (x, w)), lambda saved, g: (g @ saved[1].T, saved[0].T @ g))
+
+
+@pytest.mark.parametrize("data, fsdp, devices", [(1, 1, 1), (4, 1, 4), (2, 2, 4)])
+def test_mapped_rows_have_the_values_and_summed_gradients_of_all_rows_together(data, fsdp, devices):
+    mesh = mesh_of(data, fsdp, rows=8, devices=devices)
+    rng = np.random.default_rng(0)
+    x_BD, scale_BD, w_DF, c_BF = (
+        rng.normal(size=shape).astype(np.float32) for shape in [(8, 3)] * 2 + [(3, 5), (8, 5)]
+    )
+    mapped = map_rows(lambda x, scale, w: jnp.square(product(x * scale, w)), mesh, row_args=2)
+
+    def objective(x_BD, w_DF):
+        y_BF = mapped(x_BD, scale_BD, w_DF)
+        return (y_BF * c_BF).sum(), y_BF
+
+    rows = jax.device_put(x_BD, batch_sharding(mesh))
+    weights = jax.device_put(w_DF, replicated(mesh))
+    (_, y_BF), (dx_BD, dw_DF) = jax.jit(jax.value_and_grad(objective, (0, 1), has_aux=True))(rows, weights)
+    h_BF = (x_BD * scale_BD) @ w_DF
+    np.testing.assert_allclose(y_BF, h_BF**2, rtol=1e-5)
+    np.testing.assert_allclose(dw_DF, (x_BD * scale_BD).T @ (2 * h_BF * c_BF), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(dx_BD, (2 * h_BF * c_BF) @ w_DF.T * scale_BD, rtol=1e-4, atol=1e-5)
+
+
+def test_mapped_rows_see_only_their_own_device():
+    mesh = mesh_of(2, 2, rows=8)
+    sums = jax.jit(map_rows(lambda x_BD: jnp.broadcast_to(x_BD.sum(), x_BD.shape), mesh, row_args=1))
+    x_BD = np.arange(8, dtype=np.float32).reshape(8, 1)
+    np.testing.assert_array_equal(sums(x_BD)[:, 0], np.repeat(x_BD.reshape(4, 2).sum(1), 2))
