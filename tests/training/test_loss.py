@@ -26,10 +26,8 @@ def config(**balance) -> Config:
     )
 
 
-def random_routing(rng) -> RoutingTotals:
-    """Totals that could have come of rows with 0 to 9 routed tokens; some rows have none."""
-    tokens_B = rng.integers(0, 10, B) * rng.integers(0, 2, B)
-    tokens_B[0] += 1
+def random_routing(rng, tokens_B) -> RoutingTotals:
+    """Totals that could have come of rows with so many routed tokens."""
     counts_BR = np.zeros((B, R))
     for b, tokens in enumerate(tokens_B):
         for _ in range(tokens):
@@ -41,9 +39,10 @@ def random_routing(rng) -> RoutingTotals:
 
 def random_sums(seed) -> Sums:
     rng = np.random.default_rng(seed)
-    first, second = random_routing(rng), random_routing(rng)
-    second = second._replace(tokens_B=first.tokens_B)  # the tokens of a step are those of every layer
-    return jax.tree.map(jnp.asarray, Sums(rng.random() * 90, rng.random() * 500, (first, second)))
+    tokens_B = rng.integers(0, 10, B) * rng.integers(0, 2, B)  # some rows have none
+    tokens_B[0] += 1
+    routing = tuple(random_routing(rng, tokens_B) for _ in range(L))
+    return jax.tree.map(jnp.asarray, Sums(rng.random() * 90, rng.random() * 500, routing))
 
 
 def rows(sums: Sums, part: slice) -> Sums:
