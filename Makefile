@@ -32,10 +32,13 @@ help:
 	@sh .ci/install.sh '$*'
 	@touch .venv/.installed-base '$@'
 
+# With the base packages JAX knows only CPUs; said outright, it does not look for the TPU that `make test`'s libtpu serves.
+DEVICE = $(if $(filter base,$(EXTRAS)),export JAX_PLATFORMS="$${JAX_PLATFORMS:-cpu}";)
+
 # exec: on Ctrl-C only the program answers, and make waits for it to save.
 demo: .venv/.installed-$(EXTRAS)
 	$(info $(TRAIN))
-	@exec $(TRAIN)
+	@$(DEVICE) exec $(TRAIN)
 
 test: .venv/.installed-dev
 	$(AHEAD_OF_TIME) $(VENV_PYTHON) -m pytest -n 2 --dist loadfile -m '$(MARKERS)' $(ARGS)

@@ -4,5 +4,6 @@
 """
 
 from emo_jax.analysis.report import write_report
+from emo_jax.analysis.run import human, read_metrics
 
-__all__ = ["write_report"]
+__all__ = ["human", "read_metrics", "write_report"]

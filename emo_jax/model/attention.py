@@ -10,7 +10,7 @@ from flax import nnx
 from emo_jax.model.config import ModelConfig
 from emo_jax.model.layers import weight
 
-QUERY_CHUNK = 512
+QUERY_CHUNK = 1024
 """Most queries whose scores exist at once; longer rows go through in chunks, recomputed for the backward pass."""
 
 

@@ -12,14 +12,14 @@ import grain
 import jax
 from jax.sharding import Mesh
 
-from emo_jax.analysis import write_report
+from emo_jax.analysis import human, write_report
 from emo_jax.config import Config
 from emo_jax.data import TokenStore, heldout_batches, prepare_store, train_batches
 from emo_jax.evaluation import HeldoutLoss, make_heldout_loss
 from emo_jax.model import active_parameters, flops_per_token, total_parameters
 from emo_jax.parallel import make_mesh, put_rows
 from emo_jax.training.checkpoints import Checkpoints, same_run
-from emo_jax.training.metrics import PEAK_FLOPS, MetricsLog, Progress, human, to_numbers
+from emo_jax.training.metrics import PEAK_FLOPS, MetricsLog, Progress, to_numbers
 from emo_jax.training.step import TrainState, init_state, make_train_step
 
 
@@ -94,7 +94,7 @@ class _Run:
         """Runs from `state` to the last step or a signal."""
         train, last = self.config.train, self.config.train.steps
         step_fn = make_train_step(self.config, self.mesh)
-        done = int(state.step)
+        done = saved = int(state.step)
         clock = _Clock()
         unread: tuple[int, Any] | None = None
         with _signals() as stop:
@@ -114,11 +114,12 @@ class _Run:
                     unread = None
                 if save:
                     self.checkpoints.save(state, batches)
+                    saved = done
                 if evaluate:
                     clock.restart()
             if unread:
                 self._write(*unread, clock)
-            if stop and self.checkpoints.latest_step() != done:
+            if saved != done:
                 self.progress.message(f"\nInterrupted: saving step {done} ...")
                 self.checkpoints.save(state, batches)
         if done == last and self.heldout is None:  # a finished run, started again

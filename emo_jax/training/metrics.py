@@ -11,6 +11,8 @@ import jax
 import numpy as np
 from tensorboardX import SummaryWriter
 
+from emo_jax.analysis import human, read_metrics
+
 PEAK_FLOPS = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
@@ -37,7 +39,7 @@ class MetricsLog:
     def __init__(self, run_dir: Path, start_step: int):
         """Opens the files; lines after `start_step`, which the resumed run computes again, are cut off."""
         self._path = run_dir / "metrics.jsonl"
-        kept = [line for line in read_metrics(run_dir) if line["step"] <= start_step]
+        kept = [line for line in read_metrics(self._path)[0] if line["step"] <= start_step]
         temporary = self._path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         temporary.replace(self._path)
@@ -55,20 +57,6 @@ class MetricsLog:
         """Flushes and closes both."""
         self._file.close()
         self._board.close()
-
-
-def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """Lines of `metrics.jsonl`; a last one that a kill cut short is left out."""
-    path = run_dir / "metrics.jsonl"
-    if not path.exists():
-        return []
-    lines = []
-    for text in path.read_text().splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return lines
 
 
 def _scalars(line: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
@@ -121,14 +109,6 @@ class Progress:
             self._width = 0
         self._stream.write(text + "\n")
         self._stream.flush()
-
-
-def human(number: float) -> str:
-    """12345.6 as 12.3k."""
-    for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(number) >= limit:
-            return f"{number / limit:.3g}{unit}"
-    return f"{number:.3g}"
 
 
 def clock(seconds: float) -> str:

@@ -45,7 +45,7 @@ def state_shardings(config: Config, mesh: Mesh) -> TrainState:
         lambda leaf, axes: param_sharding(mesh, axes, leaf.shape), abstract, logical_axes(config.model)
     )
     optimizer = make_optimizer(config.optimizer, config.train.steps)
-    opt_state = optax.tree_utils.tree_map_params(
+    opt_state = optax.tree_map_params(
         optimizer,
         lambda _, sharding: sharding,
         jax.eval_shape(optimizer.init, abstract),
@@ -176,7 +176,7 @@ def make_gradients(config: Config, mesh: Mesh) -> Callable[..., tuple[Any, dict[
             (loss, (parts, routing)), grads = jax.value_and_grad(whole_step, has_aux=True)(params, rows, tokens)
         else:
             loss, parts, routing, grads = accumulated(params, rows, tokens)
-        metrics = {"loss": loss, "loss_tokens": tokens.loss, "grad_norm": optax.global_norm(grads)}
+        metrics = {"loss": loss, "loss_tokens": tokens.loss, "grad_norm": optax.tree.norm(grads)}
         metrics |= {name: parts[name] for name in ("cross_entropy", "logits_z")}
         if routing:
             layer_parts = {name: parts[name] for name in ("balance", "router_z")}

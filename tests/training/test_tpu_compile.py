@@ -17,7 +17,7 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 def released(layers: int, rows: int, **model):
-    """configs/emo_1b14b.py with so many layers and rows."""
+    """configs/emo_1b14b.py with so many layers and rows, other fields of the model replaced."""
     spec = importlib.util.spec_from_file_location("emo_1b14b", CONFIGS / "emo_1b14b.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -36,7 +36,9 @@ def compile_step(run, topology: str):
 
 
 def test_a_layer_of_the_released_model_compiles_with_no_more_flops_than_its_formula():
-    run = released(layers=1, rows=4, remat="none")
+    # A small vocabulary: a large one goes through a scan, whose body the cost analysis counts once.
+    run = released(layers=1, rows=4, remat="none", vocab_size=2048)
+    run.data.sequence_length = 1024
     compiled = compile_step(run, "v5p:2x2x1")
     hlo = compiled.as_text()
     # Grouped matrix products as Mosaic kernels: a dense lowering would cost 127 times as much.
@@ -45,7 +47,7 @@ def test_a_layer_of_the_released_model_compiles_with_no_more_flops_than_its_form
     tokens_a_chip = run.data.sequence_length
     wanted = flops_per_token(run.model, run.data.sequence_length) * tokens_a_chip
     flops = compiled.cost_analysis()["flops"]
-    assert 0.5 * wanted < flops < 1.25 * wanted
+    assert 0.9 * wanted < flops < 1.05 * wanted
 
 
 @pytest.mark.slow

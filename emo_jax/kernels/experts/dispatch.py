@@ -40,7 +40,10 @@ def plan(indices_TC: jax.Array, experts: int, block: int) -> Plan:
     """
     choices = indices_TC.size
     slots = num_slots(choices, experts, block)
-    expert_sorted, order = jax.lax.sort_key_val(indices_TC.reshape(-1), jnp.arange(choices, dtype=jnp.int32))
+    # Expert and place in one key: unique, so an unstable sort of a single operand is exact, and cheap on TPU.
+    assert (experts + 1) * choices < 2**31, "too many choices on one device for int32 sort keys"
+    keys = jax.lax.sort(indices_TC.reshape(-1) * choices + jnp.arange(choices, dtype=jnp.int32), is_stable=False)
+    expert_sorted, order = keys // choices, keys % choices
     bounds = jnp.searchsorted(expert_sorted, jnp.arange(experts + 1, dtype=jnp.int32)).astype(jnp.int32)
     counts_R = jnp.diff(bounds)
     ends_R = jnp.cumsum((counts_R + block - 1) // block * block, dtype=jnp.int32)
@@ -48,7 +51,8 @@ def plan(indices_TC: jax.Array, experts: int, block: int) -> Plan:
     # From an expert's place in the sorted choices to its place among the slots; choices without expert: nowhere.
     shift = jnp.concatenate([starts_R - bounds[:-1], jnp.full((1,), slots, jnp.int32)])
     slot_sorted = jnp.minimum(jnp.arange(choices, dtype=jnp.int32) + shift[expert_sorted], slots)
-    _, slot_flat = jax.lax.sort_key_val(order, slot_sorted)  # the inverse permutation, applied
+    # The inverse permutation, applied.
+    _, slot_flat = jax.lax.sort((order, slot_sorted), num_keys=1, is_stable=False)
     slot_ids = jnp.arange(slots, dtype=jnp.int32)
     expert_M = jnp.minimum(jnp.searchsorted(ends_R, slot_ids, side="right"), experts - 1)
     rank_M = slot_ids - starts_R[expert_M]
