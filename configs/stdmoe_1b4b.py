@@ -3,7 +3,7 @@
 python -m emo_jax.train --config=configs/stdmoe_1b4b.py --workdir=DIR \\
     --config.data.path='TEXTS/*.jsonl.gz' --config.data.tokenizer=DOLMA2/tokenizer.json
 
-Parameters: 3.90B, 1.49B active per token. FLOPs: 8.50 GFLOP a token. Tokens: 130B (30,995 steps of 4.19M).
+Parameters: 3.90B, 1.49B active per token. FLOPs: 8.49 GFLOP a token. Tokens: 130B (30,995 steps of 4.19M).
 """
 
 from emo_jax.config import (

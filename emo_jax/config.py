@@ -42,7 +42,10 @@ class OptimizerConfig:
     def validate(self, steps: int) -> None:
         """Raises `UserError` naming the first field that cannot work in a run of `steps`."""
         require_choice("optimizer.schedule", self.schedule, SCHEDULES)
-        require(self.learning_rate > 0, f"optimizer.learning_rate={self.learning_rate} must be positive.")
+        require(
+            0 < self.learning_rate < float("inf"),
+            f"optimizer.learning_rate={self.learning_rate} must be positive and finite.",
+        )
         require(self.clip_norm > 0, f"optimizer.clip_norm={self.clip_norm} must be positive.")
         require(self.weight_decay >= 0, f"optimizer.weight_decay={self.weight_decay} is negative.")
         for name in ("beta1", "beta2"):
@@ -88,7 +91,9 @@ class TrainConfig:
         for name in ("steps", "microbatches", "log_every", "checkpoint_every", "checkpoints_kept"):
             require(getattr(self, name) >= 1, f"train.{name}={getattr(self, name)} must be at least 1.")
         require(self.eval_every >= 0, f"train.eval_every={self.eval_every} is negative; 0 evaluates at the end only.")
-        require(self.seed >= 0, f"train.seed={self.seed} is negative.")
+        require(
+            0 <= self.seed < 2**32, f"train.seed={self.seed} must lie in 0..2^32-1, the seeds that JAX tells apart."
+        )
         require(self.logits_z_weight >= 0, f"train.logits_z_weight={self.logits_z_weight} is negative.")
 
 
@@ -137,21 +142,34 @@ class Config:
         """The inverse of `to_json`.
 
         Raises:
-          UserError: on a field this version does not know, with the nearest name.
+          UserError: on text that is no config, a value of the wrong type, or a field this version does not
+            know, with the nearest name.
         """
-        return _from_dict(cls, json.loads(text), "")
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise UserError(f"The config is not JSON: {error}.") from None
+        return _from_dict(cls, values, "")
 
 
 def _from_dict(cls: Any, values: dict[str, Any], prefix: str) -> Any:
-    fields = {field.name: field for field in dataclasses.fields(cls)}
+    require(isinstance(values, dict), f"The config's {prefix.rstrip('.') or 'top level'} is {values!r}, not an object.")
+    defaults = cls()
     kwargs = {}
     for name, value in values.items():
-        if name not in fields:
+        if not hasattr(defaults, name):
             raise UserError(unknown_field_message(prefix + name))
-        if dataclasses.is_dataclass(fields[name].type):
-            value = _from_dict(fields[name].type, value, f"{prefix}{name}.")
+        default = getattr(defaults, name)
+        if dataclasses.is_dataclass(default):
+            value = _from_dict(type(default), value, f"{prefix}{name}.")
         elif isinstance(value, list):
             value = tuple(value)
+        elif isinstance(default, float) and type(value) is int:
+            value = float(value)
+        require(
+            type(value) is type(default),
+            f"The config has {prefix}{name}={value!r}; it must be of type {type(default).__name__}.",
+        )
         kwargs[name] = value
     return cls(**kwargs)
 
@@ -164,8 +182,10 @@ def field_names() -> list[str]:
 def unknown_field_message(name: str) -> str:
     """What to tell someone who set a field that does not exist; `name` is dotted, without `config.`."""
     names = field_names()
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    if not near:  # right field, wrong section
-        near = [full for full in names if full.split(".")[-1] == name.split(".")[-1]][:1]
+    section, _, field = name.rpartition(".")
+    inside = {full.rpartition(".")[2]: full for full in names if full.rpartition(".")[0] == section}
+    near = [inside[match] for match in difflib.get_close_matches(field, inside, n=1)]
+    near = near or [full for full in names if full.rpartition(".")[2] == field][:1]  # right field, wrong section
+    near = near or ([] if inside else difflib.get_close_matches(name, names, n=1))
     hint = f" Did you mean --config.{near[0]}?" if near else " See emo_jax/config.py for the fields."
     return f"There is no config field {name!r}.{hint}"

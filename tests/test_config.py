@@ -224,3 +224,20 @@ def test_the_standard_mixture_differs_from_emo_in_its_pools_alone():
     emo, standard = (shipped(path) for path in CONFIGS if path.stem in ("emo_1b14b", "stdmoe_1b14b"))
     standard.pool = emo.pool
     assert standard == emo
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", ["not JSON"]),
+        ("[]", ["top level", "[]"]),
+        ('{"train": 3}', ["train", "3"]),
+        ('{"train": {"steps": "x"}}', ["train.steps", "'x'", "int"]),
+        ('{"pool": {"knd": "none"}}', ["pool.knd", "pool.kind"]),
+    ],
+)
+def test_json_that_is_no_config_is_a_mistake_a_person_can_read(text, words):
+    with pytest.raises(UserError) as error:
+        Config.from_json(text)
+    for word in words:
+        assert word in str(error.value)

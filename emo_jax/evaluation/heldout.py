@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from emo_jax.errors import require
 from emo_jax.kernels.experts import default_implementation
 from emo_jax.model import ModelConfig, bind
 from emo_jax.parallel import put_rows
@@ -47,7 +48,8 @@ def make_heldout_loss(
       mesh: where batches are split.
       domains: names, in the order of the batches' `document_domains`.
 
-    Batches follow the contract of `emo_jax.data`, with `document_domains` int32 [B, G] beside.
+    The returned function raises `UserError` without batches. They follow the contract of `emo_jax.data`, with
+    `document_domains` int32 [B, G] beside.
     """
     implementation = default_implementation(mesh.devices.flat[0].platform)
 
@@ -70,6 +72,7 @@ def make_heldout_loss(
 
     def heldout_loss(params: Any, batches: Iterable[dict[str, np.ndarray]]) -> HeldoutLoss:
         parts = [sums(params, put_rows(batch, mesh)) for batch in batches]
+        require(bool(parts), "There are no held-out batches to evaluate on.")
         total_2Z = np.sum(jax.device_get(parts), axis=0, dtype=np.float64)
         per_domain = {
             name: (float(loss / tokens), int(tokens))

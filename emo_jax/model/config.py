@@ -87,9 +87,11 @@ class ModelConfig:
             f"model.num_heads={self.num_heads} must divide model.d_model={self.d_model} into heads of even width.",
         )
         require(
-            self.num_heads % self.kv_heads == 0,
-            f"model.num_kv_heads={self.num_kv_heads} must divide model.num_heads={self.num_heads}.",
+            self.num_kv_heads >= 0 and self.num_heads % self.kv_heads == 0,
+            f"model.num_kv_heads={self.num_kv_heads} must divide model.num_heads={self.num_heads}, or be 0.",
         )
+        for name in ("rope_theta", "norm_epsilon", "init_std"):
+            require(getattr(self, name) > 0, f"model.{name}={getattr(self, name)} must be positive.")
         require_choice("model.dtype", self.dtype, DTYPES)
         require_choice("model.remat", self.remat, REMAT_POLICIES)
         require(

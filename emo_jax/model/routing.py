@@ -144,7 +144,7 @@ def route(
       choices: C.
       normalize: scale the chosen weights to sum to 1.
       pool: None or kind "none": no pool.
-      size_BG, seed_BG2: this layer's `PoolDraws`; needed with a pool.
+      size_BG, seed_BG2: this layer's `PoolDraws`; a pool needs its size, a random one its seed too.
       documents: G, needed without a pool (for the statistics of documents).
     """
     experts = logits_BSR.shape[-1]
@@ -161,8 +161,11 @@ def route(
     if pool is None or pool.kind == "none":
         masked_BSR, pool_mass_BS, size_BG = logits_BSR, p_BSR.sum(-1), jnp.full_like(length_BG, experts)
     else:
-        assert size_BG is not None and seed_BG2 is not None, "a pool needs its draws"
-        score_BGR = random_scores(seed_BG2, experts) if pool.kind == "random" else sum_p_BGR
+        assert size_BG is not None, "a pool needs its size"
+        score_BGR = sum_p_BGR
+        if pool.kind == "random":
+            assert seed_BG2 is not None, "a random pool needs its seed"
+            score_BGR = random_scores(seed_BG2, experts)
         in_pool_BGR = choose_pool(score_BGR, size_BG, pool.forced)
         # Exact in any precision: each token has one document. Tokens of document 0 keep every logit finite.
         in_pool_BSR = jnp.einsum("bsg,bgr->bsr", document_BSG, in_pool_BGR.astype(dtype)) > 0.5
@@ -189,7 +192,7 @@ def route(
         documents_B=exists_BG.astype(dtype).sum(1),
         counts_BR=chosen_BSR.sum(1),
         weights_BR=(w_BSR * mask_BS[..., None]).sum(1),
-        z_B=(jnp.square(z_BS) * mask_BS).sum(1),
+        z_B=jnp.where(routed_BS, jnp.square(z_BS), 0).sum(1),
         token_entropy_B=(-(p_BSR * log_p_BSR).sum(-1) * mask_BS).sum(1),
         document_entropy_B=jax.scipy.special.entr(mean_p_BGR).sum((1, 2)),
         pool_mass_B=(pool_mass_BS * mask_BS).sum(1),

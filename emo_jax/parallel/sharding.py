@@ -66,6 +66,9 @@ def param_sharding(mesh: Mesh, logical_axes: PartitionSpec, shape: tuple[int, ..
     Raises:
       ValueError: where two axes of the parameter want the same mesh axis, or one is not in the table.
     """
+    unknown = [name for name in logical_axes if name is not None and name not in RULES]
+    if unknown:
+        raise ValueError(f"no rule for the logical axes {unknown}; RULES knows {sorted(RULES)}")
     axes = [RULES[name] if name is not None else None for name in logical_axes]
     used = [axis for axis in axes if axis is not None]
     if len(set(used)) != len(used):

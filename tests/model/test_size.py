@@ -69,7 +69,7 @@ def test_flops_of_a_dense_layer_and_of_grouped_heads_are_counted_by_hand():
     assert total_parameters(model) - active_parameters(model) == 2 * 3 * 8 * 3  # two idle experts
 
 
-@pytest.mark.parametrize("name", ["emo_1b14b", "stdmoe_1b14b", "dense_1b"])
+@pytest.mark.parametrize("name", ["emo_1b14b", "stdmoe_1b14b", "stdmoe_1b4b", "dense_1b"])
 def test_a_released_config_says_its_own_size_and_cost(name):
     module = load(name)
     run = module.get_config()

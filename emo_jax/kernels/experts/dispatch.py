@@ -27,7 +27,7 @@ class Plan(NamedTuple):
 
 def num_slots(choices: int, experts: int, block: int) -> int:
     """Slots that suffice for any routing when each expert's rows are padded to a multiple of `block`."""
-    return (choices + experts * (block - 1)) // block * block
+    return (choices + min(experts, choices) * (block - 1)) // block * block
 
 
 def plan(indices_TC: jax.Array, experts: int, block: int) -> Plan:
