@@ -1,11 +1,15 @@
 """Checkpoints of a run: parameters, optimizer, data iterator and step, through Orbax."""
 
+import hashlib
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import grain
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
@@ -14,14 +18,18 @@ from emo_jax.errors import UserError, require
 from emo_jax.model import abstract_parameters
 from emo_jax.training.step import TrainState, abstract_state
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 _MIN_CHUNK_BYTES = 2**18
 """Smaller chunks cost more than the reading they save."""
 
 
 class Checkpoints:
-    """The `checkpoints/` of a run directory. Saves are atomic and written in the background."""
+    """The `checkpoints/` of a run directory. Saves are atomic and written in the background.
+
+    Orbax notices an interrupted save, but restores flipped bytes without an error; so each checkpoint carries a
+    checksum of every array, and a damaged one is moved aside for the one before it.
+    """
 
     def __init__(self, run_dir: Path, config: Config, tokenizer_hash: str):
         """Opens or creates the folder.
@@ -32,35 +40,61 @@ class Checkpoints:
           tokenizer_hash: of the run's tokenizer; a checkpoint made with another one is refused.
         """
         self._config = config
-        self._meta = {"format_version": FORMAT_VERSION, "tokenizer_hash": tokenizer_hash}
-        options = ocp.CheckpointManagerOptions(max_to_keep=config.train.checkpoints_kept, cleanup_tmp_directories=True)
-        self._manager = ocp.CheckpointManager(run_dir.absolute() / "checkpoints", options=options)
+        self._origin = {"format_version": FORMAT_VERSION, "tokenizer_hash": tokenizer_hash}
+        self._folder = run_dir.absolute() / "checkpoints"
+        self._manager = self._open()
 
-    def latest_step(self) -> int | None:
-        """Step of the newest complete checkpoint."""
-        return self._manager.latest_step()
+    def _open(self) -> ocp.CheckpointManager:
+        kept = self._config.train.checkpoints_kept
+        options = ocp.CheckpointManagerOptions(max_to_keep=kept, cleanup_tmp_directories=True)
+        return ocp.CheckpointManager(self._folder, options=options)
 
     def save(self, state: TrainState, iterator: grain.DatasetIterator) -> None:
         """Starts saving `state` and the iterator that has yielded the batches up to it."""
         tree = state._asdict()
+        meta = self._origin | {"checksums": checksums(tree), "iterator": _as_json(iterator.get_state())}
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(tree, save_args=jax.tree.map_with_path(_chunks, tree)),
             data=grain.checkpoint.CheckpointSave(iterator),
-            meta=ocp.args.JsonSave(self._meta),
+            meta=ocp.args.JsonSave({"content": meta, "sha256": _digest(meta)}),
         )
         self._manager.save(int(state.step), args=items)
 
-    def restore(self, mesh: Mesh, iterator: grain.DatasetIterator) -> TrainState | None:
-        """The newest state, placed on `mesh`, and `iterator` moved behind its batches; None without one.
+    def restore(
+        self, mesh: Mesh, iterator: grain.DatasetIterator, log: Callable[[str], None] = print
+    ) -> TrainState | None:
+        """The newest undamaged state, placed on `mesh`, and `iterator` moved behind its batches; None without any.
+
+        Args:
+          mesh: where arrays go.
+          iterator: of the training batches.
+          log: told of each damaged checkpoint, which moves to `damaged_checkpoints/`.
 
         Raises:
-          UserError: where the checkpoint is of another format or another tokenizer.
+          UserError: where the checkpoint is of another format or tokenizer, or all of them are damaged.
         """
-        step = self.latest_step()
-        if step is None:
-            return None
-        meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
-        for name, ours in self._meta.items():
+        start = iterator.get_state()
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        for step in steps:
+            try:
+                return self._restore(step, mesh, iterator)
+            except UserError:
+                raise
+            except Exception as error:  # whatever a library says of a broken file
+                iterator.set_state(start)
+                aside = self._folder.with_name("damaged_checkpoints") / str(step)
+                log(f"The checkpoint of step {step} is damaged ({_first_line(error)}); moving it to {aside}.")
+                self._manager.close()
+                aside.parent.mkdir(exist_ok=True)
+                shutil.rmtree(aside, ignore_errors=True)
+                shutil.move(self._folder / str(step), aside)
+                self._manager = self._open()
+        require(not steps, f"Every checkpoint in {self._folder} is damaged; start another --workdir.")
+        return None
+
+    def _restore(self, step: int, mesh: Mesh, iterator: grain.DatasetIterator) -> TrainState:
+        meta = _read_meta(self._manager, step)
+        for name, ours in self._origin.items():
             require(
                 meta.get(name) == ours,
                 f"The checkpoint of step {step} has {name}={meta.get(name)!r}, this run has {ours!r}; "
@@ -73,6 +107,9 @@ class Checkpoints:
                 state=ocp.args.StandardRestore(abstract), data=grain.checkpoint.CheckpointRestore(iterator)
             ),
         )
+        _check(restored.state, meta["checksums"])
+        if _as_json(iterator.get_state()) != meta["iterator"]:
+            raise DamagedError("the data iterator's place is not the one that was saved")
         return TrainState(**restored.state)
 
     def wait(self) -> None:
@@ -82,6 +119,58 @@ class Checkpoints:
     def close(self) -> None:
         """Waits for the last save and releases the folder."""
         self._manager.close()
+
+
+class DamagedError(Exception):
+    """What is on disk is not what was saved."""
+
+
+@jax.jit
+def _sums(leaves: list[jax.Array]) -> list[jax.Array]:
+    def total(leaf: jax.Array) -> jax.Array:
+        bits = jax.lax.bitcast_convert_type(leaf, {1: jnp.uint8, 2: jnp.uint16}.get(leaf.dtype.itemsize, jnp.uint32))
+        # Place times bits, modulo 2^32: any sharding gives the same sum, and one changed word always changes it.
+        place = jnp.zeros(bits.shape, jnp.uint32)
+        stride = 1
+        for axis in reversed(range(bits.ndim)):
+            place += jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * jnp.uint32(stride % 2**32)
+            stride *= bits.shape[axis]
+        return (bits.astype(jnp.uint32) * (2 * place + 1)).sum(dtype=jnp.uint32)
+
+    return [total(leaf) for leaf in leaves]
+
+
+def checksums(tree: Any) -> dict[str, int]:
+    """A 32-bit checksum of each array by its path, computed where the array lives; independent of its sharding."""
+    paths, leaves = zip(*jax.tree.leaves_with_path(tree), strict=True)
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path in paths]
+    return dict(zip(names, map(int, jax.device_get(_sums(list(leaves)))), strict=True))
+
+
+def _check(tree: Any, expected: dict[str, int]) -> None:
+    for name, value in checksums(tree).items():
+        if expected.get(name) != value:
+            raise DamagedError(f"{name} has checksum {value}, not {expected.get(name)}")
+
+
+def _read_meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+    saved = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+    if saved["sha256"] != _digest(saved["content"]):
+        raise DamagedError("its metadata is not what was saved")
+    return saved["content"]
+
+
+def _digest(meta: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+
+
+def _as_json(state: Any) -> Any:
+    """An iterator's state as JSON gives it back."""
+    return json.loads(state) if isinstance(state, bytes | str) else json.loads(json.dumps(state))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def _chunks(path: tuple, leaf: jax.Array) -> ocp.SaveArgs:
@@ -115,6 +204,15 @@ def load_parameters(run_dir: Path) -> tuple[Config, dict[str, Any], int]:
     # A fresh manager: one that has not saved infers no handler from its registry.
     with ocp.CheckpointManager(run_dir.absolute() / "checkpoints") as manager:
         restored = manager.restore(step, args=ocp.args.Composite(state=args))
+    with ocp.CheckpointManager(run_dir.absolute() / "checkpoints") as manager:
+        expected = _read_meta(manager, step)["checksums"]
+    try:
+        _check({"params": restored.state["params"]}, expected)
+    except DamagedError as error:
+        raise UserError(
+            f"The checkpoint of step {step} in {run_dir} is damaged: {error}. Continue the run, which moves it "
+            "aside for the one before, or restore the folder from a copy."
+        ) from None
     return config, restored.state["params"], step
 
 

@@ -61,7 +61,7 @@ def train(config: Config, run_dir: Path, log: Callable[[str], None] = print) -> 
     log(_summary(config, store, mesh))
     with contextlib.closing(Checkpoints(run_dir, config, store.tokenizer_hash)) as checkpoints:
         batches = iter(train_batches(store, config.data, jax.process_index(), jax.process_count()))
-        state = checkpoints.restore(mesh, batches)
+        state = checkpoints.restore(mesh, batches, log)
         if state is None:
             state = init_state(config, mesh)
         else:
