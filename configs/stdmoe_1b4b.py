@@ -46,6 +46,8 @@ def get_config() -> Config:
             weight_decay=0.1,
             clip_norm=1.0,
         ),
-        train=TrainConfig(steps=30_995, microbatches=2, log_every=10, eval_every=2500, checkpoint_every=1000),
+        train=TrainConfig(
+            steps=30_995, microbatches=2, guard_window=0, log_every=10, eval_every=2500, checkpoint_every=1000
+        ),
         mesh=MeshConfig(data=1, fsdp=-1),
     )

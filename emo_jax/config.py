@@ -77,6 +77,13 @@ class TrainConfig:
     """Gradient accumulation: a step's rows go through the model in this many parts."""
     logits_z_weight: float = 1e-5
     """Of the mean squared log-partition of the output logits."""
+    guard_window: int = 128
+    """Steps whose loss or gradient norm lies far above those of the last so many are skipped; 0: only those
+    that are not finite."""
+    guard_sigmas: float = 6.0
+    """How far: standard deviations above the window's mean."""
+    guard_patience: int = 20
+    """Skipped steps in a row after which the run stops."""
     log_every: int = 1
     """Steps between lines of `metrics.jsonl`."""
     eval_every: int = 250
@@ -88,12 +95,17 @@ class TrainConfig:
 
     def validate(self) -> None:
         """Raises `UserError` naming the first field that cannot work."""
-        for name in ("steps", "microbatches", "log_every", "checkpoint_every", "checkpoints_kept"):
+        for name in ("steps", "microbatches", "guard_patience", "log_every", "checkpoint_every", "checkpoints_kept"):
             require(getattr(self, name) >= 1, f"train.{name}={getattr(self, name)} must be at least 1.")
         require(self.eval_every >= 0, f"train.eval_every={self.eval_every} is negative; 0 evaluates at the end only.")
         require(
             0 <= self.seed < 2**32, f"train.seed={self.seed} must lie in 0..2^32-1, the seeds that JAX tells apart."
         )
+        require(
+            self.guard_window == 0 or self.guard_window >= 8,
+            f"train.guard_window={self.guard_window} is too short to know what is usual; set 8 or more, or 0.",
+        )
+        require(self.guard_sigmas > 0, f"train.guard_sigmas={self.guard_sigmas} must be positive.")
         require(self.logits_z_weight >= 0, f"train.logits_z_weight={self.logits_z_weight} is negative.")
 
 

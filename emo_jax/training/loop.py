@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from emo_jax.analysis import human, write_report
 from emo_jax.config import Config
 from emo_jax.data import TokenStore, heldout_batches, prepare_store, train_batches
+from emo_jax.errors import UserError
 from emo_jax.evaluation import HeldoutLoss, make_heldout_loss
 from emo_jax.model import active_parameters, flops_per_token, total_parameters
 from emo_jax.parallel import make_mesh, put_rows
@@ -130,6 +131,8 @@ class _Run:
     def _write(self, step: int, metrics: Any, clock: "_Clock", state: TrainState | None = None) -> None:
         """Logs a step; evaluates `state` first if given."""
         line = {"step": step} | to_numbers(metrics)
+        if line["skipped_in_row"]:
+            self._skipped(line)
         rate = clock.tick(self.tokens_per_step)
         expert_load = line.get("routing", {}).pop("expert_load", None)
         if state is not None:
@@ -149,6 +152,17 @@ class _Run:
         if self.heldout is not None and state is not None:
             self.progress.message(f"step {step}: held-out loss {self.heldout.loss:.4f} nats/token (no document pool)")
             write_report(self.run_dir)
+
+    def _skipped(self, line: dict[str, Any]) -> None:
+        """Tells of a skipped step, and ends a run that skips on and on; its last checkpoint is from before."""
+        seen = f"loss {line['loss']:.4g}, gradient norm {line['grad_norm']:.4g}"
+        self.progress.message(f"step {line['step']}: skipped ({seen}); {line['skipped']} so far")
+        if line["skipped_in_row"] >= self.config.train.guard_patience:
+            raise UserError(
+                f"{line['skipped_in_row']} steps in a row were skipped, the last with {seen}. Continue from the last "
+                "checkpoint in a new --workdir with a lower optimizer.learning_rate or a longer warm-up, look at the "
+                "data of these steps, or raise train.guard_sigmas if they are healthy."
+            )
 
     def _evaluate(self, state: TrainState) -> HeldoutLoss:
         rows = self.config.data.batch_size // self.config.train.microbatches

@@ -17,6 +17,7 @@ from emo_jax.kernels.experts import default_implementation
 from emo_jax.model import PoolDraws, abstract_parameters, bind, draw_pools, init_parameters, logical_axes
 from emo_jax.parallel import batch_sharding, param_sharding, replicated
 from emo_jax.parallel.sharding import ROW_AXES
+from emo_jax.training.guard import choose, init_guard, judge
 from emo_jax.training.loss import Counted, Sums, Tokens, add_to_buffers, combine, routing_metrics
 from emo_jax.training.optimizer import learning_rate, make_optimizer
 
@@ -31,11 +32,13 @@ class TrainState(NamedTuple):
       step: int32 scalar, steps done.
       params: nested dict, float32.
       opt_state: Optax's.
+      guard: the memory of `training.guard`.
     """
 
     step: Any
     params: dict[str, Any]
     opt_state: Any
+    guard: Any
 
 
 def state_shardings(config: Config, mesh: Mesh) -> TrainState:
@@ -52,7 +55,8 @@ def state_shardings(config: Config, mesh: Mesh) -> TrainState:
         params,
         transform_non_params=lambda _: replicated(mesh),
     )
-    return TrainState(replicated(mesh), params, opt_state)
+    guard = jax.tree.map(lambda _: replicated(mesh), jax.eval_shape(lambda: init_guard(config.train)))
+    return TrainState(replicated(mesh), params, opt_state, guard)
 
 
 def init_state(config: Config, mesh: Mesh) -> TrainState:
@@ -61,14 +65,16 @@ def init_state(config: Config, mesh: Mesh) -> TrainState:
     params = init_parameters(config.model, config.train.seed, shardings.params)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
-    return TrainState(jax.device_put(jnp.int32(0), shardings.step), params, opt_state)
+    step, guard = jax.device_put((jnp.int32(0), init_guard(config.train)), (shardings.step, shardings.guard))
+    return TrainState(step, params, opt_state, guard)
 
 
 def abstract_state(config: Config, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of a `TrainState`, without making any of it."""
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     params = abstract_parameters(config.model)
-    state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, jax.eval_shape(optimizer.init, params))
+    step, guard = jax.eval_shape(lambda: (jnp.int32(0), init_guard(config.train)))
+    state = TrainState(step, params, jax.eval_shape(optimizer.init, params), guard)
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         state,
@@ -189,6 +195,8 @@ def make_gradients(config: Config, mesh: Mesh) -> Callable[..., tuple[Any, dict[
 def make_train_step(config: Config, mesh: Mesh) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]:
     """Builds the jitted step. It donates its state, and its randomness comes from (seed, step) alone.
 
+    A step that the guard skips leaves parameters and optimizer as they were; the schedule counts steps taken.
+
     Returns:
       (state, batch) → (state, metrics). Metrics are device arrays: scalars, and under `routing` one value
       a mixture layer; see `routing_metrics`.
@@ -207,7 +215,11 @@ def make_train_step(config: Config, mesh: Mesh) -> Callable[[TrainState, Batch],
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
         grads, metrics = gradients(state.params, batch, state.step)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        metrics["learning_rate"] = schedule(state.step)
-        return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
+        take, guard = judge(config.train, state.guard, metrics["loss"], metrics["grad_norm"])
+        metrics["learning_rate"] = schedule(state.guard.accepted)
+        metrics |= {"skipped": guard.skipped, "skipped_in_row": guard.skipped_in_row}
+        params = choose(take, optax.apply_updates(state.params, updates), state.params)
+        opt_state = choose(take, opt_state, state.opt_state)
+        return TrainState(state.step + 1, params, opt_state, guard), metrics
 
     return train_step
