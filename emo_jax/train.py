@@ -4,6 +4,7 @@ The same command continues a run that was interrupted. Any field of the config c
 `--config.data.source=jsonl --config.data.path='texts/*.jsonl.gz' --config.train.steps=2000`.
 """
 
+import signal
 from pathlib import Path
 
 from absl import flags
@@ -20,9 +21,9 @@ def main() -> int:
 
     config = cli.check_config(_CONFIG.value)
     result = train(config, Path(_WORKDIR.value))
-    if not result.finished or result.heldout is None:
+    if result.stopped_by or result.heldout is None:
         print(f"Stopped after step {result.step}. The same command goes on from there.")
-        return 130
+        return 0 if result.stopped_by == signal.SIGTERM else 128 + result.stopped_by
     print("\nHeld-out loss by domain (nats a token, no document pool):")
     width = max(map(len, result.heldout.domains), default=0)
     for name, (loss, tokens) in sorted(result.heldout.domains.items(), key=lambda item: item[1]):

@@ -133,13 +133,16 @@ def test_killed_and_resumed_is_bit_identical_to_undisturbed(whole, corpus, tmp_p
         np.testing.assert_array_equal(ours, theirs)
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_saves_its_step_and_says_how_to_go_on(corpus, tmp_path, sent):
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_interrupted_saves_its_step_and_says_how_to_go_on(corpus, tmp_path, sent, status):
     process = start(tmp_path, corpus, **{"train.steps": 100_000, "train.checkpoint_every": 10})
     wait_for_step(tmp_path, 10)
+    second = run(tmp_path, corpus, **{"train.steps": 100_000})
+    assert second.returncode == 2
+    assert f"Another process (process {process.pid}" in second.stderr
     process.send_signal(sent)
     printed, _ = process.communicate(timeout=120)
-    assert process.returncode == 130
+    assert process.returncode == status
     step = len(lines(tmp_path))
     assert f"Stopped after step {step}. The same command goes on from there." in printed
     assert "Traceback" not in printed

@@ -2,6 +2,9 @@
 
 import contextlib
 import dataclasses
+import fcntl
+import os
+import platform
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -30,13 +33,13 @@ class Result:
 
     Attributes:
       step: steps done.
-      finished: False where it was interrupted; the same command continues it.
+      stopped_by: signal number that ended it early (the same command continues it); 0 where it finished.
       heldout: the last evaluation, None where interrupted.
       report: path of the run's `report.html`.
     """
 
     step: int
-    finished: bool
+    stopped_by: int
     heldout: HeldoutLoss | None
     report: Path
 
@@ -52,10 +55,16 @@ def train(config: Config, run_dir: Path, log: Callable[[str], None] = print) -> 
       log: receives messages for people.
 
     Raises:
-      UserError: on a config that cannot work, or that is not that of the run in `run_dir`.
+      UserError: on a config that cannot work, or that is not that of the run in `run_dir`; where another
+        process is training in `run_dir`; where the guard gives up.
     """
     config.validate()
     mesh = make_mesh(config.mesh, config.data.batch_size // config.train.microbatches)
+    with _only_process(run_dir):
+        return _train(config, run_dir, mesh, log)
+
+
+def _train(config: Config, run_dir: Path, mesh: Mesh, log: Callable[[str], None]) -> Result:
     same_run(run_dir, config)
     store = prepare_store(config.data, config.model.vocab_size, config.data.cache_dir or run_dir / "data", log)
     (run_dir / "tokenizer.json").write_bytes(store.tokenizer_path.read_bytes())
@@ -126,7 +135,8 @@ class _Run:
         if done == last and self.heldout is None:  # a finished run, started again
             self.heldout = self._evaluate(state)
         self.checkpoints.wait()
-        return Result(done, done == last, self.heldout, write_report(self.run_dir))
+        stopped_by = stop[0] if done < last else 0
+        return Result(done, stopped_by, self.heldout, write_report(self.run_dir))
 
     def _write(self, step: int, metrics: Any, clock: "_Clock", state: TrainState | None = None) -> None:
         """Logs a step; evaluates `state` first if given."""
@@ -204,6 +214,25 @@ class _Clock:
         rate = tokens / seconds
         self._rate = rate if self._rate is None else 0.9 * self._rate + 0.1 * rate
         return self._rate
+
+
+@contextlib.contextmanager
+def _only_process(run_dir: Path) -> Iterator[None]:
+    """Holds the run directory; the system lets go of it however the process ends."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with (run_dir / ".lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise UserError(
+                f"Another process ({file.read().strip() or 'unknown'}) is training in {run_dir}; "
+                "wait for it, stop it, or use another --workdir."
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
+        yield
 
 
 @contextlib.contextmanager
