@@ -23,7 +23,7 @@ def get_config() -> Config:
             remat="full",
         ),
         pool=PoolConfig(kind="none"),
-        data=DataConfig(source="jsonl", sequence_length=4096, batch_size=1024, max_documents=64),
+        data=DataConfig(source="jsonl", sequence_length=4096, batch_size=1024, max_documents=64, max_repetitions=32),
         optimizer=OptimizerConfig(
             learning_rate=4e-3,
             schedule="cosine",

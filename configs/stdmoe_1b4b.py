@@ -34,7 +34,7 @@ def get_config() -> Config:
         ),
         pool=PoolConfig(kind="none"),
         balance=BalanceConfig(weight=0.1, scope="microbatch", router_z_weight=1e-3),
-        data=DataConfig(source="jsonl", sequence_length=4096, batch_size=1024, max_documents=64),
+        data=DataConfig(source="jsonl", sequence_length=4096, batch_size=1024, max_documents=64, max_repetitions=32),
         optimizer=OptimizerConfig(
             learning_rate=4e-3,
             schedule="cosine",

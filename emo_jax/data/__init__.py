@@ -2,7 +2,7 @@
 
 from emo_jax.data.config import DataConfig
 from emo_jax.data.documents import Document, is_heldout
-from emo_jax.data.packing import pack_rows, row, row_domains
+from emo_jax.data.packing import Rows, is_repetitive, pack_rows, padding_share, row, row_domains
 from emo_jax.data.pipeline import heldout_batches, train_batches
 from emo_jax.data.sources import read_documents
 from emo_jax.data.store import Split, TokenStore, build_store, open_store, prepare_store
@@ -11,15 +11,18 @@ from emo_jax.data.tokenizer import encode, load_tokenizer, train_tokenizer
 __all__ = [
     "DataConfig",
     "Document",
+    "Rows",
     "Split",
     "TokenStore",
     "build_store",
     "encode",
     "heldout_batches",
     "is_heldout",
+    "is_repetitive",
     "load_tokenizer",
     "open_store",
     "pack_rows",
+    "padding_share",
     "prepare_store",
     "read_documents",
     "row",

@@ -4,7 +4,8 @@ import dataclasses
 
 from emo_jax.errors import require, require_choice
 
-SOURCES = ("installed_text", "jsonl", "text")
+SOURCES = ("installed_text", "jsonl", "text", "tfds")
+PACKINGS = ("concatenate", "best_fit")
 
 
 @dataclasses.dataclass
@@ -13,9 +14,13 @@ class DataConfig:
 
     source: str = "installed_text"
     """`installed_text`: text any Python machine holds. `jsonl`: objects with `text` and an optional
-    `domain`, plain, `.gz` or `.zst`. `text`: a folder of `.txt`/`.md` files, its subfolders the domains."""
+    `domain`, plain, `.gz` or `.zst`. `text`: a folder of `.txt`/`.md` files, its subfolders the domains.
+    `tfds`: the training split of a TensorFlow Datasets dataset in ArrayRecord format; TensorFlow is not needed."""
     path: str = ""
-    """File, folder or glob of `source`; unused by `installed_text`."""
+    """File, folder or glob of `source`; for `tfds` a prepared dataset's folder or a name such as
+    `wikipedia/20230601.en`; unused by `installed_text`."""
+    text_field: str = "text"
+    """Where `jsonl` objects and `tfds` examples hold their text."""
     tokenizer: str = ""
     """A Hugging Face `tokenizer.json`; empty: a byte-level BPE of `model.vocab_size` entries is trained
     on the run's own training documents."""
@@ -27,6 +32,13 @@ class DataConfig:
     """B: rows in a step."""
     max_documents: int = 64
     """G: most documents in a row; the packer starts a new row rather than exceed it."""
+    packing: str = "concatenate"
+    """`concatenate`: rows are consecutive windows of the token stream, without padding, and cut documents
+    at their ends. `best_fit`: a document of up to S tokens stays whole, a longer one is cut every S tokens,
+    and rows end in some padding. Held-out rows are packed alike."""
+    max_repetitions: int = 0
+    """A training row where 1 to 13 tokens repeat at least this many times on end trains nothing: it reaches
+    neither router nor loss. 32 is the released recipe's; 0: no filter."""
     heldout_fraction: float = 0.05
     """Share of documents kept for evaluation, chosen by a hash of their text, so that copies of a
     document never end up on both sides."""
@@ -47,7 +59,12 @@ class DataConfig:
         require_choice("data.source", self.source, SOURCES)
         require(
             self.source == "installed_text" or bool(self.path),
-            f"data.source={self.source!r} needs data.path: the file, folder or glob to read.",
+            f"data.source={self.source!r} needs data.path: what to read.",
+        )
+        require_choice("data.packing", self.packing, PACKINGS)
+        require(
+            self.max_repetitions == 0 or self.max_repetitions >= 2,
+            f"data.max_repetitions={self.max_repetitions} must be at least 2, or 0 for no filter.",
         )
         for name in ("sequence_length", "batch_size", "max_documents", "heldout_documents", "max_document_bytes"):
             value = getattr(self, name)
@@ -62,4 +79,5 @@ class DataConfig:
             f"data.heldout_fraction={self.heldout_fraction} must lie between 0 and 1, both excluded.",
         )
         require(self.max_megabytes >= 0, f"data.max_megabytes={self.max_megabytes} is negative; 0 reads everything.")
+        require(bool(self.text_field), "data.text_field is empty; name the field that holds the text.")
         require(bool(self.end_of_text), "data.end_of_text is empty: documents must end with a token.")

@@ -6,41 +6,36 @@ import grain
 import numpy as np
 
 from emo_jax.data.config import DataConfig
-from emo_jax.data.packing import pack_rows, row, row_domains
-from emo_jax.data.store import Split, TokenStore
+from emo_jax.data.packing import pack_rows, padding_share, row, row_domains
+from emo_jax.data.store import Log, Split, TokenStore, silent
 from emo_jax.errors import require
 
+_PADDING = np.zeros((0, 2), np.int64)
 _READ_OPTIONS = grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)
 
 
-class _Rows:
+class _Batches:
     """Batches of rows by index: rows of a split, -1 for a row of padding."""
 
-    def __init__(self, split: Split, config: DataConfig, fingerprint: str, with_domains: bool = False):
+    def __init__(self, split: Split, config: DataConfig, max_repetitions: int = 0, with_domains: bool = False):
+        self.rows = pack_rows(split.offsets, config.sequence_length, config.max_documents, config.packing)
         self._split = split
         self._sequence_length, self._max_documents = config.sequence_length, config.max_documents
-        self._starts = pack_rows(split.offsets, config.sequence_length, config.max_documents)
-        self._fingerprint = fingerprint
+        self._max_repetitions = max_repetitions
         self._with_domains = with_domains
 
-    def __len__(self) -> int:
-        return len(self._starts) - 1
-
-    def __call__(self, rows: list[int]) -> dict[str, np.ndarray]:
-        bounds = [(int(self._starts[r]), int(self._starts[r + 1])) if r >= 0 else (0, 0) for r in rows]
-        read = [row(self._split, *bound, self._sequence_length) for bound in bounds]
+    def __call__(self, indices: list[int]) -> dict[str, np.ndarray]:
+        spans = [self.rows[r] if r >= 0 else _PADDING for r in indices]
+        read = [row(self._split, row_spans, self._sequence_length, self._max_repetitions) for row_spans in spans]
         batch = {name: np.stack([values[name] for values in read]) for name in read[0]}
         if self._with_domains:
-            domains = [row_domains(self._split, *bound, self._max_documents) for bound in bounds]
+            domains = [row_domains(self._split, row_spans, self._max_documents) for row_spans in spans]
             batch["document_domains"] = np.stack(domains)
         return batch
 
-    def __repr__(self) -> str:
-        return f"Rows({self._fingerprint[:16]}, S={self._sequence_length}, G={self._max_documents})"
-
 
 def train_batches(
-    store: TokenStore, config: DataConfig, process_index: int = 0, process_count: int = 1
+    store: TokenStore, config: DataConfig, process_index: int = 0, process_count: int = 1, log: Log = silent
 ) -> grain.IterDataset[dict[str, np.ndarray]]:
     """An endless dataset of this process's part of every global batch.
 
@@ -50,25 +45,30 @@ def train_batches(
 
     Args:
       store: an open store.
-      config: `sequence_length`, `batch_size`, `max_documents` and `shuffle_seed` are read.
+      config: `sequence_length`, `batch_size`, `max_documents`, `packing`, `max_repetitions` and `shuffle_seed`
+        are read.
       process_index: p.
       process_count: P.
+      log: receives a line on the rows.
 
     Returns:
       A dataset of dicts of [B/P, S] arrays: `tokens`, `targets`, `document_ids`, `positions` int32,
-      `loss_mask` bool. Its iterator has `get_state`, `set_state` and works with `grain.checkpoint`.
+      `loss_mask` bool; a row that the repetition filter took out has document ids of 0 only. Its iterator has
+      `get_state`, `set_state` and works with `grain.checkpoint`.
 
     Raises:
       UserError: if the batch cannot be divided, or there is nothing to train on.
     """
     size = _share(config.batch_size, process_index, process_count, "data.batch_size")
     require(len(store.train) > 0, f"{store.directory} has no training documents; give more text.")
-    rows = _Rows(store.train, config, store.fingerprint)
-    order = grain.MapDataset.range(len(rows)).seed(config.shuffle_seed).shuffle().repeat()
+    batch = _Batches(store.train, config, config.max_repetitions)
+    share = padding_share(batch.rows, config.sequence_length)
+    log(f"Rows: {len(batch.rows)} of {config.sequence_length} tokens, {config.packing}, {share:.1%} padding.")
+    order = grain.MapDataset.range(len(batch.rows)).seed(config.shuffle_seed).shuffle().repeat()
 
     def read(k: int) -> dict[str, np.ndarray]:
         first = k * config.batch_size + process_index * size
-        return rows([int(order[i]) for i in range(first, first + size)])
+        return batch([int(order[i]) for i in range(first, first + size)])
 
     batches = grain.MapDataset.range(sys.maxsize // config.batch_size).map(read)
     return batches.to_iter_dataset(_READ_OPTIONS)
@@ -77,11 +77,14 @@ def train_batches(
 def heldout_batches(
     store: TokenStore, config: DataConfig, batch_size: int, process_index: int = 0, process_count: int = 1
 ) -> grain.MapDataset[dict[str, np.ndarray]]:
-    """The held-out documents once, domain after domain.
+    """The held-out documents once.
+
+    They are packed as in training, because where documents are cut decides how much context a token has, and
+    complete, because the repetition filter only chooses what to learn from.
 
     Args:
       store: an open store.
-      config: `sequence_length` and `max_documents` are read.
+      config: `sequence_length`, `max_documents` and `packing` are read.
       batch_size: rows in a global batch; the last batch is filled up with rows of padding.
       process_index: p.
       process_count: P.
@@ -99,13 +102,14 @@ def heldout_batches(
         f"{store.directory} has no held-out documents; raise data.heldout_fraction or give more text, "
         "and build it anew.",
     )
-    rows = _Rows(store.heldout, config, store.fingerprint, with_domains=True)
+    batch = _Batches(store.heldout, config, with_domains=True)
+    count = len(batch.rows)
 
     def read(k: int) -> dict[str, np.ndarray]:
         first = k * batch_size + process_index * size
-        return rows([r if r < len(rows) else -1 for r in range(first, first + size)])
+        return batch([r if r < count else -1 for r in range(first, first + size)])
 
-    return grain.MapDataset.range(-(-len(rows) // batch_size)).map(read)
+    return grain.MapDataset.range(-(-count // batch_size)).map(read)
 
 
 def _share(batch_size: int, process_index: int, process_count: int, field: str) -> int:

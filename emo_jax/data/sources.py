@@ -31,25 +31,64 @@ def read_documents(config: DataConfig) -> Iterator[Document]:
     """
     if config.source == "installed_text":
         return installed_documents()
-    reader = {"jsonl": jsonl_documents, "text": text_documents}[config.source]
-    return reader(config.path)
+    if config.source == "text":
+        return text_documents(config.path)
+    reader = {"jsonl": jsonl_documents, "tfds": tfds_documents}[config.source]
+    return reader(config.path, config.text_field)
 
 
-def jsonl_documents(path: str) -> Iterator[Document]:
-    """Yields one document a line of JSON objects with `text` and an optional `domain`; blank ones are skipped.
+def jsonl_documents(path: str, text_field: str = "text") -> Iterator[Document]:
+    """Yields one document a line of JSON objects with a text and an optional `domain`; blank ones are skipped.
 
     Args:
       path: a file, a folder (searched recursively for .jsonl and .json files) or a glob, each file plain,
         `.gz` or `.zst`.
+      text_field: the field that holds the text.
 
     Raises:
       UserError: naming file and line of what is not JSON, not UTF-8, or lacks a text.
     """
     for file, _ in _find(path, _JSONL):
         for number, line in _lines(file):
-            document = _parse(line, f"{file}:{number}")
+            document = _parse(line, f"{file}:{number}", text_field)
             if document.text.strip():
                 yield document
+
+
+def tfds_documents(path: str, text_field: str = "text") -> Iterator[Document]:
+    """Yields the examples of a dataset's `train` split that are not blank; a `domain` feature is optional.
+
+    Args:
+      path: the folder of a prepared dataset, the one with `dataset_info.json`, or a name, which is looked up
+        in `TFDS_DATA_DIR` and else downloaded.
+      text_field: the feature that holds the text.
+
+    Raises:
+      UserError: if there is no such dataset, its format is not ArrayRecord, or an example lacks a text.
+    """
+    import tensorflow_datasets as tfds  # takes more than a second
+
+    folder = pathlib.Path(path).expanduser()
+    try:
+        if folder.is_dir() or "://" in path:
+            examples = tfds.builder_from_directory(path if "://" in path else folder).as_data_source(split="train")
+        else:
+            examples = tfds.data_source(path, split="train")
+    except Exception as error:  # of many kinds; the first line says what, the others list every dataset there is
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"data.path={path!r} gives no TensorFlow Datasets training split ({type(error).__name__}: {reason}); give "
+            "the folder with its dataset_info.json, prepared with file_format='array_record', or a name."
+        ) from error
+    for number in range(len(examples)):
+        where = f"{path}: train example {number}"
+        try:
+            example = {k: v.decode() if isinstance(v, bytes) else v for k, v in examples[number].items()}
+        except UnicodeDecodeError as error:
+            raise UserError(f"{where} is not UTF-8 ({error.reason} at byte {error.start}).") from error
+        document = _document(example, where, text_field)
+        if document.text.strip():
+            yield document
 
 
 def text_documents(path: str) -> Iterator[Document]:
@@ -120,17 +159,21 @@ def _zstandard_lines(file: pathlib.Path, mode: str) -> Generator[bytes]:
     yield line
 
 
-def _parse(line: bytes, where: str) -> Document:
+def _parse(line: bytes, where: str, text_field: str) -> Document:
     try:
         value = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise UserError(f"{where} is not UTF-8 ({error.reason} at byte {error.start}); convert the file.") from error
     except json.JSONDecodeError as error:
         raise UserError(f"{where} is not JSON ({error}); every line must be one whole object.") from error
-    require(isinstance(value, dict), f"{where} is not a JSON object; every line needs one with a 'text' field.")
-    text, domain = value.get("text"), value.get("domain", DEFAULT_DOMAIN)
+    require(isinstance(value, dict), f"{where} is not a JSON object; every line needs one with a {text_field!r} field.")
+    return _document(value, where, text_field)
+
+
+def _document(value: Any, where: str, text_field: str) -> Document:
+    text, domain = value.get(text_field), value.get("domain", DEFAULT_DOMAIN)
     found = ", ".join(map(repr, value)) or "none"
-    require(isinstance(text, str), f"{where} has no string field 'text'; its fields are {found}.")
+    require(isinstance(text, str), f"{where} has no string field {text_field!r}; its fields are {found}.")
     require(isinstance(domain, str) and bool(domain), f"{where} has domain={domain!r}; give a name or leave it out.")
     try:
         (text + domain).encode()

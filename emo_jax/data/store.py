@@ -26,6 +26,7 @@ _SPLITS = ("train", "heldout")
 _CONTENT_FIELDS = (
     "source",
     "path",
+    "text_field",
     "tokenizer",
     "end_of_text",
     "heldout_fraction",
@@ -41,8 +42,8 @@ _HASH_BYTES = 1 << 22
 Log = Callable[[str], None]
 
 
-def _silent(message: str) -> None:
-    del message
+def silent(message: str) -> None:
+    """A `Log` that drops every message."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +134,7 @@ class TokenStore:
 
 
 def prepare_store(
-    config: DataConfig, vocab_size: int, directory: str | os.PathLike[str], log: Log = _silent
+    config: DataConfig, vocab_size: int, directory: str | os.PathLike[str], log: Log = silent
 ) -> TokenStore:
     """The store in `directory`, built if there is none yet; a finished one is never read from its source again.
 
@@ -153,7 +154,7 @@ def prepare_store(
         if not directory.exists() or not any(directory.iterdir()):
             return build_store(config, vocab_size, directory, log)
     store = open_store(directory)
-    made_with = store.manifest["settings"]
+    made_with = _settings(DataConfig(), vocab_size) | store.manifest["settings"]  # an older store lacks newer fields
     for name, value in _settings(config, vocab_size).items():
         if made_with.get(name) != value:
             field = "model.vocab_size" if name == "vocab_size" else f"data.{name}"
@@ -184,7 +185,7 @@ def open_store(directory: str | os.PathLike[str]) -> TokenStore:
 
 
 def build_store(
-    config: DataConfig, vocab_size: int, directory: str | os.PathLike[str], log: Log = _silent
+    config: DataConfig, vocab_size: int, directory: str | os.PathLike[str], log: Log = silent
 ) -> TokenStore:
     """Reads the source and writes a store; `directory` appears only when it is complete.
 

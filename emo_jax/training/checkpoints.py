@@ -1,5 +1,6 @@
 """Checkpoints of a run: parameters, optimizer, data iterator and step, through Orbax."""
 
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -229,11 +230,12 @@ def same_run(run_dir: Path, config: Config) -> None:
         temporary.write_text(config.to_json())
         temporary.replace(file)
         return
-    old, new = (_flatten(json.loads(text)) for text in (file.read_text(), config.to_json()))
-    for name in sorted(old.keys() | new.keys()):
-        if old.get(name) != new.get(name) and name not in _FREE and not name.startswith("mesh."):
+    # Through Config: a field that is newer than the run has its default, which is what the run did.
+    old, new = (_flatten(dataclasses.asdict(c)) for c in (Config.from_json(file.read_text()), config))
+    for name in new:
+        if old[name] != new[name] and name not in _FREE and not name.startswith("mesh."):
             raise UserError(
-                f"{run_dir} was started with {name}={old.get(name)!r}, now it is {new.get(name)!r}: "
+                f"{run_dir} was started with {name}={old[name]!r}, now it is {new[name]!r}: "
                 "the run would no longer be one run. Set it back, or start another --workdir."
             )
     file.write_text(config.to_json())

@@ -70,7 +70,7 @@ def _train(config: Config, run_dir: Path, mesh: Mesh, log: Callable[[str], None]
     (run_dir / "tokenizer.json").write_bytes(store.tokenizer_path.read_bytes())
     log(_summary(config, store, mesh))
     with contextlib.closing(Checkpoints(run_dir, config, store.tokenizer_hash)) as checkpoints:
-        batches = iter(train_batches(store, config.data, jax.process_index(), jax.process_count()))
+        batches = iter(train_batches(store, config.data, jax.process_index(), jax.process_count(), log))
         state = checkpoints.restore(mesh, batches, log)
         if state is None:
             state = init_state(config, mesh)

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from emo_jax.data import Split, pack_rows, row, row_domains
+from emo_jax.data import Split, is_repetitive, pack_rows, padding_share, row, row_domains
 
 DOCUMENTS = st.lists(st.lists(st.integers(1, 99), min_size=0, max_size=12), min_size=1, max_size=30)
 
@@ -53,23 +53,120 @@ def naive_batch_row(runs, sequence_length, max_documents):
 @given(DOCUMENTS, st.integers(2, 16), st.integers(1, 6))
 def test_rows_are_those_that_filling_token_by_token_gives(documents, sequence_length, max_documents):
     split = split_of(documents)
-    starts = pack_rows(split.offsets, sequence_length, max_documents)
-    expected = naive_rows(documents, sequence_length, max_documents)
-    assert starts.dtype == np.int64
-    assert len(starts) - 1 == len(expected)
-    for start, stop, runs in zip(starts, starts[1:], expected, strict=False):
-        found = row(split, int(start), int(stop), sequence_length)
-        found["document_domains"] = row_domains(split, int(start), int(stop), max_documents)
+    rows = pack_rows(split.offsets, sequence_length, max_documents)
+    assert_rows(split, rows, naive_rows(documents, sequence_length, max_documents), sequence_length, max_documents)
+
+
+def assert_rows(split, rows, expected, sequence_length, max_documents):
+    assert rows.spans.dtype == rows.offsets.dtype == np.int64
+    assert len(rows) == len(expected)
+    for r, runs in enumerate(expected):
+        found = row(split, rows[r], sequence_length)
+        found["document_domains"] = row_domains(split, rows[r], max_documents)
         for name, values in naive_batch_row(runs, sequence_length, max_documents).items():
             assert found[name].dtype == (bool if name == "loss_mask" else np.int32)
             np.testing.assert_array_equal(found[name], values, err_msg=name)
+
+
+def starts_of(rows):
+    assert len(rows.spans) == len(rows)
+    assert (rows.spans[1:, 0] == rows.spans[:-1, 1]).all()
+    return np.append(rows.spans[:, 0], rows.spans[-1, 1])
+
+
+def naive_best_fit(documents, sequence_length, max_documents):
+    """Rows as `naive_rows` gives them, by looking at every row for every piece."""
+    full, rest = [], []
+    for index, document in enumerate(documents):
+        tokens = [*document, 0]
+        while len(tokens) >= sequence_length:
+            full.append([(index, tokens[:sequence_length])])
+            tokens = tokens[sequence_length:]
+        if tokens:
+            rest.append((index, tokens))
+    rows = []
+    for piece in sorted(rest, key=lambda piece: -len(piece[1])):
+        sizes = [sum(len(tokens) for _, tokens in row) for row in rows]
+        fits = [
+            r for r, row in enumerate(rows) if sizes[r] + len(piece[1]) <= sequence_length and len(row) < max_documents
+        ]
+        if fits:
+            rows[max(fits, key=lambda r: (sizes[r], -r))].append(piece)
+        else:
+            rows.append([piece])
+    return full + [sorted(row) for row in rows]
+
+
+@settings(deadline=None)
+@given(DOCUMENTS, st.integers(2, 16), st.integers(1, 6))
+def test_best_fit_rows_are_those_that_looking_at_every_row_gives(documents, sequence_length, max_documents):
+    split = split_of(documents)
+    rows = pack_rows(split.offsets, sequence_length, max_documents, "best_fit")
+    expected = naive_best_fit(documents, sequence_length, max_documents)
+    assert_rows(split, rows, expected, sequence_length, max_documents)
+    padding = len(expected) * sequence_length - len(split.tokens)
+    assert padding_share(rows, sequence_length) == pytest.approx(padding / (len(expected) * sequence_length))
+
+
+@pytest.mark.parametrize("max_documents", [1, 3, 64])
+def test_best_fit_over_many_windows_holds_every_token_once_and_cuts_only_long_documents(max_documents):
+    lengths = np.random.default_rng(0).integers(1, 300, 30_000)
+    offsets = np.concatenate(([0], np.cumsum(lengths)))
+    rows = pack_rows(offsets, 128, max_documents, "best_fit")
+    starts, stops = rows.spans[np.argsort(rows.spans[:, 0])].T
+    assert starts[0] == 0
+    assert stops[-1] == offsets[-1]
+    assert (starts[1:] == stops[:-1]).all()
+    row_sizes = np.add.reduceat(rows.spans[:, 1] - rows.spans[:, 0], rows.offsets[:-1])
+    assert row_sizes.max() <= 128
+    assert np.diff(rows.offsets).min() >= 1
+    assert np.diff(rows.offsets).max() <= max_documents
+    cuts = np.setdiff1d(starts, offsets)
+    assert len(cuts) == ((lengths - 1) // 128).sum()
+    again = pack_rows(offsets, 128, max_documents, "best_fit")
+    np.testing.assert_array_equal(again.spans, rows.spans)
+    if max_documents == 64:
+        assert padding_share(rows, 128) < 0.01
+        assert padding_share(pack_rows(offsets, 128, max_documents), 128) < 1e-4
+
+
+def naive_is_repetitive(tokens, times):
+    windows = [(start, p) for p in range(1, 14) for start in range(len(tokens) - p * times + 1)]
+    return any(tokens[start : start + p] * times == tokens[start : start + p * times] for start, p in windows)
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.data(), st.integers(2, 5))
+def test_repetition_filter_agrees_with_comparing_every_window(data, times):
+    few = st.lists(st.integers(0, 2), max_size=12)
+    unit = data.draw(st.lists(st.integers(0, 4), min_size=1, max_size=15))
+    tokens = data.draw(few) + unit * data.draw(st.integers(0, 6)) + unit[: data.draw(st.integers(0, 15))]
+    tokens += data.draw(few)
+    assert is_repetitive(np.array(tokens, np.int32), times) == naive_is_repetitive(tokens, times)
+
+
+@pytest.mark.parametrize(
+    ("period", "times", "filtered"), [(1, 32, 1), (1, 31, 0), (13, 32, 1), (13, 31, 0), (14, 32, 0)]
+)
+def test_filtered_row_keeps_its_tokens_only(period, times, filtered):
+    split = split_of([[7, 8], list(range(1, period + 1)) * times, [9]])
+    (spans,) = pack_rows(split.offsets, 512, 8)
+    kept, found = row(split, spans, 512), row(split, spans, 512, 32)
+    np.testing.assert_array_equal(found["tokens"], kept["tokens"])
+    for name in ("targets", "document_ids", "positions", "loss_mask"):
+        np.testing.assert_array_equal(found[name], 0 * kept[name] if filtered else kept[name])
+
+
+def test_padding_is_no_repetition():
+    split = split_of([[7, 8]])
+    assert row(split, np.array([[0, 3]]), 512, 32)["document_ids"].any()
 
 
 def test_rows_cover_every_token_once_in_a_large_store():
     lengths = np.random.default_rng(0).integers(1, 60, 20_000)
     offsets = np.concatenate(([0], np.cumsum(lengths)))
     for max_documents in (1, 3, 64):
-        starts = pack_rows(offsets, 128, max_documents)
+        starts = starts_of(pack_rows(offsets, 128, max_documents))
         assert starts[0] == 0
         assert starts[-1] == offsets[-1]
         assert (np.diff(starts) > 0).all()
@@ -80,7 +177,7 @@ def test_rows_cover_every_token_once_in_a_large_store():
 
 def test_remainder_of_one_end_token_is_a_document_without_target():
     split = split_of([[5, 6, 7], [8]])
-    found = row(split, 3, 6, 4)
+    found = row(split, np.array([[3, 6]]), 4)
     assert found["tokens"].tolist() == [0, 8, 0, 0]
     assert found["document_ids"].tolist() == [1, 2, 2, 0]
     assert found["positions"].tolist() == [0, 0, 1, 0]
@@ -90,9 +187,13 @@ def test_remainder_of_one_end_token_is_a_document_without_target():
 @pytest.mark.parametrize("max_documents", [1, 3])
 def test_row_of_padding_is_all_zero(max_documents):
     split = split_of([[5, 6, 7]])
-    assert not any(values.any() for values in row(split, 0, 0, 4).values())
-    assert row_domains(split, 0, 0, max_documents).tolist() == [0] * max_documents
+    nothing = np.zeros((0, 2), np.int64)
+    assert not any(values.any() for values in row(split, nothing, 4, 2).values())
+    assert row_domains(split, nothing, max_documents).tolist() == [0] * max_documents
 
 
-def test_no_documents_make_no_rows():
-    assert pack_rows(np.zeros(1, np.int64), 8, 2).tolist() == [0]
+@pytest.mark.parametrize("packing", ["concatenate", "best_fit"])
+def test_no_documents_make_no_rows(packing):
+    rows = pack_rows(np.zeros(1, np.int64), 8, 2, packing)
+    assert len(rows) == 0
+    assert padding_share(rows, 8) == 0

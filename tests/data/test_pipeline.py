@@ -1,12 +1,13 @@
 import dataclasses
 import itertools
+import json
 
 import grain
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from emo_jax.data import DataConfig, build_store, heldout_batches, pack_rows, row, train_batches
+from emo_jax.data import DataConfig, build_store, heldout_batches, pack_rows, padding_share, row, train_batches
 from emo_jax.errors import UserError
 
 NAMES = ("tokens", "targets", "document_ids", "positions", "loss_mask")
@@ -25,8 +26,8 @@ def assert_equal(batches, others):
 
 
 def all_rows(split, config):
-    starts = pack_rows(split.offsets, config.sequence_length, config.max_documents)
-    return [row(split, int(a), int(b), config.sequence_length) for a, b in itertools.pairwise(starts)]
+    rows = pack_rows(split.offsets, config.sequence_length, config.max_documents, config.packing)
+    return [row(split, spans, config.sequence_length) for spans in rows]
 
 
 def as_bytes(values, index=None):
@@ -41,7 +42,9 @@ def test_batches_have_the_shapes_and_types_of_the_contract(store, config):
         assert values.dtype == (bool if name == "loss_mask" else np.int32)
 
 
-def test_every_row_comes_once_an_epoch_and_epochs_differ(store, config):
+@pytest.mark.parametrize("packing", ["concatenate", "best_fit"])
+def test_every_row_comes_once_an_epoch_and_epochs_differ(store, config, packing):
+    config = dataclasses.replace(config, packing=packing)
     expected = sorted(map(as_bytes, all_rows(store.train, config)))
     count = len(expected)
     batches = take(train_batches(store, config), -(-2 * count // config.batch_size))
@@ -115,8 +118,10 @@ def test_store_with_fewer_rows_than_a_batch_repeats_them(config, tmp_path):
         heldout_batches(store, one, 8)
 
 
+@pytest.mark.parametrize("packing", ["concatenate", "best_fit"])
 @pytest.mark.parametrize("batch_size", [4, 7])
-def test_heldout_batches_cover_the_documents_once_in_one_shape(store, config, batch_size):
+def test_heldout_batches_cover_the_documents_once_in_one_shape(store, config, batch_size, packing):
+    config = dataclasses.replace(config, packing=packing)
     expected = all_rows(store.heldout, config)
     dataset = heldout_batches(store, config, batch_size)
     batches = list(dataset)
@@ -129,7 +134,9 @@ def test_heldout_batches_cover_the_documents_once_in_one_shape(store, config, ba
     assert_equal(list(dataset), batches)
 
 
-def test_document_domains_name_the_domain_of_each_token(store, config):
+@pytest.mark.parametrize("packing", ["concatenate", "best_fit"])
+def test_document_domains_name_the_domain_of_each_token(store, config, packing):
+    config = dataclasses.replace(config, packing=packing)
     counts = np.zeros(len(store.domains), int)
     for batch in heldout_batches(store, config, 4):
         domains_BG, ids_BS = batch["document_domains"], batch["document_ids"]
@@ -140,6 +147,33 @@ def test_document_domains_name_the_domain_of_each_token(store, config):
         counts += np.bincount(domain_BS[ids_BS > 0], minlength=len(counts))
     by_domain = store.manifest["heldout"]["by_domain"]
     assert counts.tolist() == [by_domain[name]["tokens"] for name in store.domains]
+
+
+def test_repetitive_rows_are_filtered_in_training_and_not_in_evaluation(config, tmp_path):
+    path = tmp_path / "some.jsonl"
+    texts = [f"number {n} " + ("q" * 90 if n % 3 == 0 else "some words") for n in range(300)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    config = dataclasses.replace(config, path=str(path), packing="best_fit", max_repetitions=8)
+    store = build_store(config, 257, tmp_path / "store")  # bytes are the tokens
+    config = dataclasses.replace(config, sequence_length=128, max_documents=1)
+    count = len(pack_rows(store.train.offsets, 128, 1, "best_fit"))
+    (epoch,) = take(train_batches(store, dataclasses.replace(config, batch_size=count)), 1)
+    routed = epoch["document_ids"].any(axis=1)
+    np.testing.assert_array_equal(epoch["loss_mask"].any(axis=1), routed)
+    bounds = itertools.pairwise(store.train.offsets)
+    texts = [store.tokenizer().decode(store.train.tokens[start:stop].tolist()) for start, stop in bounds]
+    assert (~routed).sum() == sum("qqq" in text for text in texts) > 20
+    for batch in heldout_batches(store, config, 1):
+        assert batch["document_ids"].any()
+
+
+def test_rows_and_their_padding_are_logged(store, config):
+    lines = []
+    train_batches(store, config, log=lines.append)
+    train_batches(store, dataclasses.replace(config, packing="best_fit"), log=lines.append)
+    rows = pack_rows(store.train.offsets, 32, 4, "best_fit")
+    assert "concatenate" in lines[0]
+    assert lines[1] == f"Rows: {len(rows)} of 32 tokens, best_fit, {100 * padding_share(rows, 32):.1f}% padding."
 
 
 def test_heldout_batches_do_not_depend_on_the_number_of_processes(store, config):
@@ -163,3 +197,7 @@ def test_config_refuses_what_cannot_be_packed():
         DataConfig(max_document_bytes=3).validate()
     with pytest.raises(UserError, match=r"data\.source='jsonl' needs data\.path"):
         DataConfig(source="jsonl").validate()
+    with pytest.raises(UserError, match=r"data\.packing='best-fit' .* Did you mean 'best_fit'"):
+        DataConfig(packing="best-fit").validate()
+    with pytest.raises(UserError, match=r"data\.max_repetitions=1 must be at least 2"):
+        DataConfig(max_repetitions=1).validate()

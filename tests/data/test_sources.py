@@ -1,10 +1,14 @@
 import gzip
 import json
+import os
+import subprocess
+import sys
 
 import pytest
+import tensorflow_datasets as tfds
 import zstandard
 
-from emo_jax.data import DataConfig, read_documents
+from emo_jax.data import DataConfig, build_store, read_documents
 from emo_jax.errors import UserError
 
 LINES = [{"text": "one"}, {"text": "two", "domain": "d"}, {"text": "žluť", "domain": "d"}]
@@ -15,8 +19,73 @@ def encoded(lines=LINES):
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
 
 
-def read(source, path):
-    return list(read_documents(DataConfig(source=source, path=str(path))))
+def read(source, path, text_field="text"):
+    return list(read_documents(DataConfig(source=source, path=str(path), text_field=text_field)))
+
+
+def write_dataset(data_dir, examples, split="train", name="tiny_tales"):
+    """An ArrayRecord dataset as `tfds build` writes it; every example has the features of the first."""
+    features = {key: tfds.features.Text() for key in examples[0]}
+    folder = data_dir / name / "1.0.0"
+    folder.mkdir(parents=True, exist_ok=True)
+    identity = tfds.core.dataset_info.DatasetIdentity(
+        name=name, version=tfds.core.Version("1.0.0"), data_dir=str(folder), module_name="tests"
+    )
+    info = tfds.core.DatasetInfo(builder=identity, features=tfds.features.FeaturesDict(features))
+    writer = tfds.core.SequentialWriter(info, max_examples_per_shard=2, file_format="array_record")
+    writer.initialize_splits([split])
+    writer.add_examples({split: examples})
+    writer.close_all()
+    return folder
+
+
+def test_tfds_reads_a_prepared_dataset_by_its_folder_without_tensorflow(tmp_path):
+    folder = write_dataset(tmp_path, [{"domain": "d", **line} for line in LINES] + [{"text": " ", "domain": "d"}])
+    expected = [("one", "d"), *EXPECTED[1:]]
+    assert read("tfds", folder) == expected
+    assert "tensorflow" not in sys.modules
+
+
+def test_tfds_name_is_looked_up_in_the_data_folder(tmp_path):
+    write_dataset(tmp_path, [{"body": "one"}, {"body": "žluť"}])
+    code = (
+        "import sys; from emo_jax.data import DataConfig, read_documents; "
+        "assert 'tensorflow_datasets' not in sys.modules; "
+        "print(ascii([tuple(d) for d in read_documents("
+        "DataConfig(source='tfds', path='tiny_tales', text_field='body'))]))"
+    )
+    environment = os.environ | {"TFDS_DATA_DIR": str(tmp_path)}
+    output = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True)
+    assert output.stdout.splitlines()[-1] == ascii([("one", "text"), ("žluť", "text")])
+
+
+def test_tfds_dataset_becomes_a_store(tmp_path):
+    texts = [f"document number {number}" for number in range(50)]
+    config = DataConfig(source="tfds", path=str(write_dataset(tmp_path, [{"text": text} for text in texts])))
+    store = build_store(config, 300, tmp_path / "store")
+    assert sum(store.manifest[name]["documents"] for name in ("train", "heldout")) == 50
+
+
+def test_tfds_mistakes_are_answered_with_what_to_give(tmp_path):
+    expected = r"gives no TensorFlow Datasets training split.*file_format='array_record'"
+    for path in (tmp_path, tmp_path / "nowhere", "no_such_dataset_anywhere"):
+        with pytest.raises(UserError, match=expected) as raised:
+            read("tfds", path)
+        assert "\n" not in str(raised.value)
+    with pytest.raises(UserError, match=r"Unknown split 'train'"):
+        read("tfds", write_dataset(tmp_path, [{"text": "one"}], "test"))
+    folder = write_dataset(tmp_path, [{"body": "one"}], name="other")
+    with pytest.raises(UserError, match=r"train example 0 has no string field 'text'; its fields are 'body'"):
+        read("tfds", folder)
+    info = folder / "dataset_info.json"
+    info.write_text(info.read_text().replace("array_record", "tfrecord"))
+    with pytest.raises(UserError, match=expected):
+        read("tfds", folder)
+
+
+def test_jsonl_text_may_have_another_name(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"body": "one", "text": 3}')
+    assert read("jsonl", tmp_path, "body") == EXPECTED[:1]
 
 
 @pytest.mark.parametrize(

@@ -119,9 +119,20 @@ def test_reuse_does_not_read_the_source_again(config, corpus, tmp_path):
     corpus.unlink()
     messages = []
     changed = dataclasses.replace(config, sequence_length=64, batch_size=2, max_documents=9, cache_dir="elsewhere")
+    changed = dataclasses.replace(changed, packing="best_fit", max_repetitions=32)
     again = prepare_store(changed, VOCAB_SIZE, tmp_path / "store", messages.append)
     assert again.manifest == first.manifest
     assert "Reusing" in messages[-1]
+
+
+def test_store_made_before_a_setting_existed_counts_as_made_with_its_default(config, tmp_path):
+    store = build_store(config, VOCAB_SIZE, tmp_path / "store")
+    older = dict(store.manifest["settings"])
+    del older["text_field"]
+    (store.directory / "manifest.json").write_text(json.dumps(store.manifest | {"settings": older}))
+    assert prepare_store(config, VOCAB_SIZE, store.directory).fingerprint == store.fingerprint
+    with pytest.raises(UserError, match=r"data\.text_field='text', this run asks for 'body'"):
+        prepare_store(dataclasses.replace(config, text_field="body"), VOCAB_SIZE, store.directory)
 
 
 @pytest.mark.parametrize(

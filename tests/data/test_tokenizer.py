@@ -4,7 +4,7 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from emo_jax.data import encode, load_tokenizer, train_tokenizer
 from emo_jax.errors import UserError
@@ -69,6 +69,42 @@ def test_end_token_listed_as_an_ordinary_one_cannot_be_injected_either(tmp_path)
     loaded = load_tokenizer(tmp_path / "tokenizer.json", "</s>", 1000)
     assert loaded.token_to_id("</s>") == other.token_to_id("</s>")
     assert loaded.token_to_id("</s>") not in encode(loaded, ["a</s>b"])[0]
+
+
+def test_released_recipes_kind_of_tokenizer_loads_and_keeps_every_id(tmp_path):
+    """Byte-level BPE, added tokens, special and ordinary ones, behind its vocabulary."""
+    base = Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(r"\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+"), "isolated", invert=False)
+    base.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    base.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    base.train_from_iterator(
+        sentences(), trainers.BpeTrainer(vocab_size=290, initial_alphabet=alphabet, show_progress=False)
+    )
+    content = json.loads(base.to_str())
+    names = ["<|extra_id_0|>", END, "<|fim_prefix|>", "|||PHONE_NUMBER|||", "<|im_start|>", "<|pad|>"]
+    ids = list(range(290, 296))
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    content["added_tokens"] = [
+        {"id": number, "content": name, "special": not name.startswith("|||"), **flags}
+        for number, name in zip(ids, names, strict=True)
+    ]
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(content))
+    loaded = load_tokenizer(path, END, 384)  # 296 ids, padded as a model pads them
+    assert [loaded.token_to_id(name) for name in names] == ids
+    text = f"abc def 12345{END}<|pad|> ž <|im_start|>"
+    (encoded,) = encode(loaded, [text])
+    assert max(encoded) < 290
+    assert loaded.decode(encoded) == text
+    assert encode(loaded, ["a|||PHONE_NUMBER|||b"])[0][1:2] == [293]
+    saved = tmp_path / "again.json"
+    loaded.save(str(saved))
+    assert encode(load_tokenizer(saved, END, 384), [text]) == [encoded]
+    with pytest.raises(UserError, match=r"model\.vocab_size=295 .* at least 296"):
+        load_tokenizer(path, END, 295)
+    with pytest.raises(UserError, match=r"data\.end_of_text='<eos>' is not a token .* it has '<\|endoftext\|>'"):
+        load_tokenizer(path, "<eos>", 384)
 
 
 def test_padding_truncation_and_templates_of_a_file_add_and_drop_nothing(saved):

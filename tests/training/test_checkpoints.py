@@ -143,3 +143,13 @@ def test_a_changed_field_is_refused_with_both_values_and_a_free_one_kept(tmp_pat
     assert json.loads((tmp_path / "config.json").read_text())["mesh"]["data"] == -1
     with pytest.raises(UserError, match=r"pool.max=8, now it is 7"):
         same_run(tmp_path, tiny.config(**RUN, pool={"max": 7}))
+
+
+def test_a_run_from_before_a_field_existed_goes_on_with_its_default(tmp_path):
+    run = tiny.config(**RUN)
+    old = json.loads(run.to_json())
+    del old["data"]["packing"]
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    same_run(tmp_path, run)
+    with pytest.raises(UserError, match=r"data\.packing='concatenate', now it is 'best_fit'"):
+        same_run(tmp_path, tiny.config(**RUN, data={"packing": "best_fit"}))

@@ -83,3 +83,11 @@ def test_annealed_pools_start_at_their_step():
         masses.append(float(metrics["routing"]["pool_mass"].min()))
     np.testing.assert_allclose(masses[:2], 1.0, rtol=1e-6)
     assert masses[2] < 0.999
+
+
+def test_a_step_of_filtered_rows_alone_stays_finite(run):
+    mesh = tiny.devices_mesh(run, 1)
+    rows = tiny.batch(rows=[[]] * run.data.batch_size)
+    state, metrics = make_train_step(run, mesh)(init_state(run, mesh), put_rows(rows, mesh))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get((state.params, metrics))))
+    assert int(metrics["loss_tokens"]) == 0
