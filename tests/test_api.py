@@ -1,9 +1,11 @@
 """The public API as its user meets it: load a folder, call the model."""
 
+import contextlib
 import json
 import subprocess
 import sys
 
+import grain
 import jax
 import numpy as np
 import pytest
@@ -13,6 +15,9 @@ import emo_jax
 from emo_jax.config import Config
 from emo_jax.errors import UserError
 from emo_jax.model import ModelConfig, abstract_parameters
+from emo_jax.parallel import make_mesh
+from emo_jax.training.checkpoints import Checkpoints
+from emo_jax.training.step import init_state
 from tests.interop.goldens import GOLDEN, needs_golden
 
 SMALL = ModelConfig(
@@ -77,13 +82,14 @@ def test_bad_calls_are_refused_in_words(model):
 
 
 def test_a_run_directory_gives_its_newest_parameters(tmp_path, model):
-    import orbax.checkpoint as ocp
-
-    (tmp_path / "config.json").write_text(Config(model=SMALL).to_json())
-    with ocp.CheckpointManager(tmp_path / "checkpoints") as manager:
+    run = Config(model=SMALL)
+    (tmp_path / "config.json").write_text(run.to_json())
+    state = init_state(run, make_mesh(run.mesh, run.data.batch_size, jax.devices()[:1]))
+    with contextlib.closing(Checkpoints(tmp_path, run, "hash")) as checkpoints:
         for step, factor in [(3, 0.0), (7, 1.0)]:
-            state = {"params": jax.tree.map(lambda x, factor=factor: x * factor, model.params), "step": np.int32(step)}
-            manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state)))
+            params = jax.tree.map(lambda x, factor=factor: x * factor, model.params)
+            batches = iter(grain.MapDataset.range(1).to_iter_dataset())
+            checkpoints.save(state._replace(step=jax.numpy.int32(step), params=params), batches)
     loaded = emo_jax.load(str(tmp_path))
     assert loaded.config == SMALL
     jax.tree.map(np.testing.assert_array_equal, loaded.params, model.params)

@@ -203,16 +203,16 @@ def load_parameters(run_dir: Path) -> tuple[Config, dict[str, Any], int]:
         item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
     )
     # A fresh manager: one that has not saved infers no handler from its registry.
-    with ocp.CheckpointManager(run_dir.absolute() / "checkpoints") as manager:
-        restored = manager.restore(step, args=ocp.args.Composite(state=args))
-    with ocp.CheckpointManager(run_dir.absolute() / "checkpoints") as manager:
-        expected = _read_meta(manager, step)["checksums"]
     try:
+        with ocp.CheckpointManager(run_dir.absolute() / "checkpoints") as manager:
+            restored = manager.restore(step, args=ocp.args.Composite(state=args))
+        with ocp.CheckpointManager(run_dir.absolute() / "checkpoints") as manager:
+            expected = _read_meta(manager, step)["checksums"]
         _check({"params": restored.state["params"]}, expected)
-    except DamagedError as error:
+    except Exception as error:  # whatever a library says of a broken file
         raise UserError(
-            f"The checkpoint of step {step} in {run_dir} is damaged: {error}. Continue the run, which moves it "
-            "aside for the one before, or restore the folder from a copy."
+            f"The checkpoint of step {step} in {run_dir} is damaged ({_first_line(error)}). Continue the run, which "
+            "moves it aside for the one before, or restore the folder from a copy."
         ) from None
     return config, restored.state["params"], step
 
