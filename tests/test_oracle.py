@@ -1,15 +1,13 @@
 """The oracle against the public implementation's golden values, and against properties of the method."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests import oracle
+from tests.interop.goldens import GOLDEN, needs_golden
 
-GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
-needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"golden values not found at {GOLDEN}")
 MODELS = ("emo_tiny", "stdmoe_tiny", "emo_gqa", "emo_pruned")
 ROUTERS = ("pool16_full", "pool5_shared2_e32", "pool6_shared1", "pool8_shared0")
 

@@ -1,7 +1,5 @@
 """The router against the public one: document pools of a fixed size, choices, losses and gradients."""
 
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,9 +7,9 @@ import pytest
 
 from emo_jax.model import PoolConfig, balance_loss
 from emo_jax.model.routing import route
+from tests.interop.goldens import GOLDEN, needs_golden
 
-GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden"
-pytestmark = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"golden values not found at {GOLDEN}")
+pytestmark = needs_golden
 ROUTERS = ("pool16_full", "pool5_shared2_e32", "pool6_shared1", "pool8_shared0")
 
 
