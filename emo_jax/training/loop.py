@@ -161,7 +161,8 @@ class _Run:
         self.progress.show(step, line["cross_entropy"], rate, left)
         if self.heldout is not None and state is not None:
             self.progress.message(f"step {step}: held-out loss {self.heldout.loss:.4f} nats/token (no document pool)")
-            write_report(self.run_dir)
+            if step < self.config.train.steps:  # the end of the loop writes the last one
+                write_report(self.run_dir)
 
     def _skipped(self, line: dict[str, Any]) -> None:
         """Tells of a skipped step, and ends a run that skips on and on; its last checkpoint is from before."""
