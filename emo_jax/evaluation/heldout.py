@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from emo_jax.errors import require
 from emo_jax.kernels.experts import default_implementation
-from emo_jax.model import ModelConfig, bind
+from emo_jax.model import ModelConfig, bind, token_losses
 from emo_jax.parallel import put_rows
 
 
@@ -65,7 +65,7 @@ def make_heldout_loss(
             mesh=mesh,
             implementation=implementation,
         )
-        loss_BS, _ = model.token_losses(hidden_BSD, batch["targets"])
+        loss_BS, _ = token_losses(hidden_BSD, model.head[...], batch["targets"], mesh)
         domain_BS = jnp.take_along_axis(domains_BG, jnp.maximum(ids_BS - 1, 0), axis=1)
         weights_BSZ = jax.nn.one_hot(domain_BS, len(domains), dtype=loss_BS.dtype) * batch["loss_mask"][..., None]
         return jnp.stack([(loss_BS[..., None] * weights_BSZ).sum((0, 1)), weights_BSZ.sum((0, 1))])

@@ -17,9 +17,6 @@ from emo_jax.model.layers import FeedForward, rms_norm, scale, weight
 from emo_jax.model.moe import MixtureOfExperts
 from emo_jax.model.routing import PoolDraws, Routing
 
-MAX_LOGITS = 2**24
-"""Most logits of a row that exist at once in a loss; longer rows go through in chunks."""
-
 REMAT: dict[str, Callable[..., bool] | None] = {
     "full": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -114,32 +111,3 @@ class Transformer(nnx.Module):
         head_DV = self.head[...].astype(hidden_BSD.dtype)
         wide = jnp.promote_types(hidden_BSD.dtype, jnp.float32)
         return jnp.einsum("bsd,dv->bsv", hidden_BSD, head_DV, preferred_element_type=wide)
-
-    def token_losses(self, hidden_BSD: jax.Array, targets_BS: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Cross-entropy in nats and logsumexp(logits)² of every position, float32 or wider, each [B, S].
-
-        Where the vocabulary is large, positions go through in chunks that the backward pass recomputes, so
-        that [B, S, V] never exists.
-        """
-
-        def losses(hidden_BSD: jax.Array, targets_BS: jax.Array) -> tuple[jax.Array, jax.Array]:
-            logits_BSV = self.logits(hidden_BSD)
-            log_z_BS = jax.nn.logsumexp(logits_BSV, axis=-1)
-            vocabulary_11V = jnp.arange(logits_BSV.shape[-1], dtype=targets_BS.dtype).reshape(1, 1, -1)
-            # A masked sum instead of a gather, whose transpose would scatter into [B, S, V].
-            target_BS = jnp.where(targets_BS[..., None] == vocabulary_11V, logits_BSV, 0).sum(-1)
-            return log_z_BS - target_BS, jnp.square(log_z_BS)
-
-        rows, length = targets_BS.shape
-        chunks = 1
-        while length % (2 * chunks) == 0 and length // chunks * self.config.vocab_size > MAX_LOGITS:
-            chunks *= 2
-        if chunks == 1:
-            return losses(hidden_BSD, targets_BS)
-
-        def split(x: jax.Array) -> jax.Array:
-            return jnp.moveaxis(x.reshape(rows, chunks, -1, *x.shape[2:]), 1, 0)
-
-        parts = jax.lax.map(jax.checkpoint(lambda args: losses(*args)), (split(hidden_BSD), split(targets_BS)))
-        loss_BS, z_BS = (jnp.moveaxis(part, 0, 1).reshape(rows, length) for part in parts)
-        return loss_BS, z_BS

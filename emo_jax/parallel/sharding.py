@@ -87,26 +87,30 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def map_rows(fn: Callable[..., jax.Array], mesh: Mesh | None, *, row_args: int) -> Callable[..., jax.Array]:
+def map_rows(fn: Callable[..., Any], mesh: Mesh | None, *, row_args: int, total: bool = False) -> Callable[..., Any]:
     """Runs `fn` on each device's own rows.
 
     Args:
-      fn: its first `row_args` arguments and its result have the rows B first; the rest are weights,
+      fn: its first `row_args` arguments and its results have the rows B first; the rest are weights,
         which every device sees whole and whose gradients are summed over devices.
       mesh: None, or one device: `fn` itself.
       row_args: how many leading arguments are split.
+      total: the results are sums over the rows instead, and are added over devices.
     """
     if mesh is None or mesh.size == 1:
         return fn
 
-    def local(*args: jax.Array) -> jax.Array:
+    def local(*args: jax.Array) -> Any:
         # A custom_vjp inside needs weights that vary like the rows; pcast transposes to the sum over devices.
         weights = [jax.lax.pcast(w, ROW_AXES, to="varying") for w in args[row_args:]]
-        return fn(*args[:row_args], *weights)
+        results = fn(*args[:row_args], *weights)
+        return jax.lax.psum(results, ROW_AXES) if total else results
 
-    def mapped(*args: jax.Array) -> jax.Array:
+    def mapped(*args: jax.Array) -> Any:
         specs = tuple(PartitionSpec(ROW_AXES) if i < row_args else PartitionSpec() for i in range(len(args)))
-        return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(ROW_AXES))(*args)
+        return jax.shard_map(
+            local, mesh=mesh, in_specs=specs, out_specs=PartitionSpec() if total else PartitionSpec(ROW_AXES)
+        )(*args)
 
     return mapped
 

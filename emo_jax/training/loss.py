@@ -10,20 +10,18 @@ import jax
 import jax.numpy as jnp
 
 from emo_jax.config import Config
-from emo_jax.model import RoutingTotals, balance_loss
+from emo_jax.model import LanguageLoss, RoutingTotals, balance_loss
 
 
 class Sums(NamedTuple):
     """Sums over the rows of a step or a microbatch.
 
     Attributes:
-      cross_entropy: scalar, over loss tokens, in nats.
-      logits_z: scalar, over loss tokens, of logsumexp(logits)².
+      language: scalars, over loss tokens.
       routing: one `RoutingTotals` a mixture layer, still a value a row.
     """
 
-    cross_entropy: jax.Array
-    logits_z: jax.Array
+    language: LanguageLoss
     routing: tuple[RoutingTotals, ...]
 
 
@@ -58,8 +56,8 @@ def combine(
       `router_z` [L].
     """
     loss_tokens, routed_tokens = (jnp.maximum(count, 1) for count in tokens)
-    parts = {"cross_entropy": sums.cross_entropy / loss_tokens, "logits_z": sums.logits_z / loss_tokens}
-    loss = parts["cross_entropy"] + config.train.logits_z_weight * parts["logits_z"]
+    language = jax.tree.map(lambda total: total / loss_tokens, sums.language)
+    loss, parts = language.total, {"cross_entropy": language.cross_entropy, "logits_z": language.logits_z}
     if sums.routing:
         per_layer = zip(sums.routing, buffers or (None,) * len(sums.routing), strict=True)
         parts["balance"] = jnp.stack([_balance(config, totals, buffer) for totals, buffer in per_layer]) / routed_tokens

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from emo_jax.config import Config
 from emo_jax.kernels.experts import default_implementation
-from emo_jax.model import PoolDraws, abstract_parameters, bind, draw_pools, init_parameters, logical_axes
+from emo_jax.model import PoolDraws, abstract_parameters, bind, draw_pools, init_parameters, language_loss, logical_axes
 from emo_jax.parallel import batch_sharding, param_sharding, replicated
 from emo_jax.parallel.sharding import ROW_AXES
 from emo_jax.training.guard import choose, init_guard, judge
@@ -110,13 +110,10 @@ def make_gradients(config: Config, mesh: Mesh) -> Callable[..., tuple[Any, dict[
             mesh=mesh,
             implementation=implementation,
         )
-        loss_BS, z_BS = model.token_losses(hidden_BSD, batch["targets"])
-        mask_BS = batch["loss_mask"]
-        return Sums(
-            jnp.where(mask_BS, loss_BS, 0).sum(),
-            jnp.where(mask_BS, z_BS, 0).sum(),
-            tuple(routing.totals for routing in routings),
+        language = language_loss(
+            hidden_BSD, model.head[...], batch["targets"], batch["loss_mask"], config.train.logits_z_weight, mesh
         )
+        return Sums(language, tuple(routing.totals for routing in routings))
 
     def split(x: jax.Array) -> jax.Array:
         """Rows [B, ...] as [microbatch, B / microbatches, ...], each microbatch over all devices."""
@@ -126,7 +123,7 @@ def make_gradients(config: Config, mesh: Mesh) -> Callable[..., tuple[Any, dict[
     def join(sums: Sums) -> Sums:
         """Stacked microbatches as one set of rows."""
         rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), sums.routing)
-        return Sums(sums.cross_entropy.sum(), sums.logits_z.sum(), rows)
+        return Sums(jax.tree.map(jnp.sum, sums.language), rows)
 
     def whole_step(params: Any, rows: tuple, tokens: Tokens) -> tuple[jax.Array, tuple]:
         """The loss from sums over the whole step: exact for the product f · p̄ of the global balance loss.

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 
 from emo_jax.model import ModelConfig, abstract_parameters, bind, init_parameters, logical_axes
 from emo_jax.model import attention as attention_module
-from emo_jax.model import transformer as transformer_module
 from emo_jax.parallel import MeshConfig, make_mesh, param_sharding
 from tests import oracle
 
@@ -117,32 +116,6 @@ def test_a_packed_document_has_the_logits_it_has_alone(seed, lengths):
 
 
 # In chunks
-
-
-@pytest.mark.parametrize("max_logits, chunks", [(S * V // 2, 2), (1, 4)])
-def test_losses_in_chunks_and_their_gradients_are_those_of_one_piece(monkeypatch, max_logits, chunks):
-    model = config(num_experts=0)
-    params, rng = random_parameters(model), np.random.default_rng(0)
-    hidden_BSD, targets_BS, cotangent_BS = rng.normal(size=(B, S, 8)), random_tokens(1), rng.normal(size=(B, S))
-
-    def total(hidden_BSD, head_DV):
-        loss_BS, z_BS = bind(model, params | {"head": head_DV}).token_losses(hidden_BSD, targets_BS)
-        return ((loss_BS + 0.1 * z_BS) * cotangent_BS).sum(), (loss_BS, z_BS)
-
-    run = jax.value_and_grad(total, argnums=(0, 1), has_aux=True)
-    whole = jax.jit(lambda *args: run(*args))(hidden_BSD, params["head"])
-    monkeypatch.setattr(transformer_module, "MAX_LOGITS", max_logits)
-    assert f"f64[{B},{S},{V}]" in str(jax.make_jaxpr(bind(model, params).logits)(hidden_BSD))  # what must not occur
-    program = str(jax.make_jaxpr(run)(hidden_BSD, params["head"]))
-    assert f"f64[{B},{S // chunks},{V}]" in program and f"f64[{B},{S},{V}]" not in program
-    parts = jax.jit(lambda *args: run(*args))(hidden_BSD, params["head"])
-    for ours, wanted in zip(jax.tree.leaves(parts), jax.tree.leaves(whole), strict=True):
-        np.testing.assert_allclose(ours, wanted, rtol=1e-11, atol=1e-13)
-    logits_BSV = hidden_BSD @ params["head"]
-    for (b, s), target in np.ndenumerate(targets_BS):
-        log_z = oracle.logsumexp(logits_BSV[b, s])
-        np.testing.assert_allclose(parts[0][1][0][b, s], log_z - logits_BSV[b, s, target], rtol=1e-10)
-        np.testing.assert_allclose(parts[0][1][1][b, s], log_z**2, rtol=1e-10)
 
 
 def numpy_attention(query_BSHN, key_BSKN, value_BSKN, ids_BS):

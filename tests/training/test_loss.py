@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emo_jax.config import BalanceConfig, Config, ModelConfig, TrainConfig
-from emo_jax.model import RoutingTotals
+from emo_jax.model import LanguageLoss, RoutingTotals
 from emo_jax.training.loss import Counted, Sums, Tokens, add_to_buffers, combine, routing_metrics
 
 B, R, L, C = 8, 5, 2, 2
@@ -42,12 +42,16 @@ def random_sums(seed) -> Sums:
     tokens_B = rng.integers(0, 10, B) * rng.integers(0, 2, B)  # some rows have none
     tokens_B[0] += 1
     routing = tuple(random_routing(rng, tokens_B) for _ in range(L))
-    return jax.tree.map(jnp.asarray, Sums(rng.random() * 90, rng.random() * 500, routing))
+    return jax.tree.map(jnp.asarray, Sums(language(rng.random() * 90, rng.random() * 500), routing))
+
+
+def language(cross_entropy: float, logits_z: float) -> LanguageLoss:
+    return LanguageLoss(cross_entropy + 0.05 * logits_z, cross_entropy, logits_z)
 
 
 def rows(sums: Sums, part: slice) -> Sums:
     """A microbatch: some rows; its share of the scalar sums does not matter here and is 0."""
-    return Sums(jnp.zeros(()), jnp.zeros(()), jax.tree.map(lambda x: x[part], sums.routing))
+    return Sums(LanguageLoss(*jnp.zeros(3)), jax.tree.map(lambda x: x[part], sums.routing))
 
 
 def balance(counts_BR, weights_BR, tokens_B):
@@ -68,8 +72,8 @@ def test_a_loss_is_its_parts_each_over_its_own_tokens_with_weights_shared_by_lay
     sums = random_sums(0)
     routed = sums.routing[0].tokens_B.sum()
     loss, parts = combine(config(), sums, Tokens(jnp.int32(7), routed))
-    np.testing.assert_allclose(parts["cross_entropy"], sums.cross_entropy / 7)
-    np.testing.assert_allclose(parts["logits_z"], sums.logits_z / 7)
+    np.testing.assert_allclose(parts["cross_entropy"], sums.language.cross_entropy / 7)
+    np.testing.assert_allclose(parts["logits_z"], sums.language.logits_z / 7)
     wanted = [balance(*(np.asarray(x) for x in (t.counts_BR, t.weights_BR, t.tokens_B))) for t in sums.routing]
     np.testing.assert_allclose(parts["balance"], wanted)
     np.testing.assert_allclose(parts["router_z"], [t.z_B.sum() / routed for t in sums.routing])
@@ -79,7 +83,7 @@ def test_a_loss_is_its_parts_each_over_its_own_tokens_with_weights_shared_by_lay
 
 
 def test_a_dense_model_has_no_router_losses():
-    loss, parts = combine(config(), Sums(jnp.float64(10.0), jnp.float64(40.0), ()), Tokens(jnp.int32(5), jnp.int32(5)))
+    loss, parts = combine(config(), Sums(language(10.0, 40.0), ()), Tokens(jnp.int32(5), jnp.int32(5)))
     assert set(parts) == {"cross_entropy", "logits_z"}
     np.testing.assert_allclose(loss, 2 + 0.05 * 8)
 
