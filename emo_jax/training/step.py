@@ -91,9 +91,17 @@ def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct
     return batch | {"loss_mask": jax.ShapeDtypeStruct(shape, jnp.bool_, sharding=sharding)}
 
 
-def make_gradients(config: Config, mesh: Mesh) -> Callable[..., tuple[Any, dict[str, Any]]]:
-    """Builds (params, batch, step) → (gradients, metrics), pure and meant to run under `jax.jit`."""
-    implementation = default_implementation(mesh.devices.flat[0].platform)
+def make_gradients(
+    config: Config, mesh: Mesh, implementation: str | None = None
+) -> Callable[..., tuple[Any, dict[str, Any]]]:
+    """Builds (params, batch, step) → (gradients, metrics), pure and meant to run under `jax.jit`.
+
+    Args:
+      config: of the run.
+      mesh: where it runs.
+      implementation: of `kernels.experts`; None: the platform's best.
+    """
+    implementation = implementation or default_implementation(mesh.devices.flat[0].platform)
     microbatches = config.train.microbatches
     layers = len(config.model.routed_experts)
     pooled = config.pool.kind != "none"
@@ -189,16 +197,23 @@ def make_gradients(config: Config, mesh: Mesh) -> Callable[..., tuple[Any, dict[
     return gradients
 
 
-def make_train_step(config: Config, mesh: Mesh) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]:
+def make_train_step(
+    config: Config, mesh: Mesh, implementation: str | None = None
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]:
     """Builds the jitted step. It donates its state, and its randomness comes from (seed, step) alone.
 
     A step that the guard skips leaves parameters and optimizer as they were; the schedule counts steps taken.
+
+    Args:
+      config: of the run.
+      mesh: where it runs.
+      implementation: of `kernels.experts`; None: the platform's best.
 
     Returns:
       (state, batch) → (state, metrics). Metrics are device arrays: scalars, and under `routing` one value
       a mixture layer; see `routing_metrics`.
     """
-    gradients = make_gradients(config, mesh)
+    gradients = make_gradients(config, mesh, implementation)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     schedule = learning_rate(config.optimizer, config.train.steps)
     shardings = state_shardings(config, mesh)
