@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import json
+from pathlib import Path
 from typing import Any
 
 from emo_jax.data.config import DataConfig
@@ -10,7 +11,7 @@ from emo_jax.errors import UserError, require, require_choice
 from emo_jax.model.config import BalanceConfig, ModelConfig, PoolConfig
 from emo_jax.parallel.config import MeshConfig
 
-SCHEDULES = ("cosine", "linear", "wsd", "constant")
+SCHEDULES = ("cosine", "linear", "constant")
 
 
 @dataclasses.dataclass
@@ -20,14 +21,14 @@ class OptimizerConfig:
     learning_rate: float = 4e-3
     """Peak of the schedule."""
     schedule: str = "cosine"
-    """After the warm-up: `cosine` or `linear` down to `final_fraction`; `wsd` stays at the peak and
-    falls linearly over the last `decay_steps`; `constant` stays."""
+    """After the warm-up: `cosine` or `linear` down to `final_fraction`, or `constant`."""
     warmup_steps: int = 2000
     """Steps of linear warm-up from 0."""
-    decay_steps: int = 0
-    """Length of the final decay of `wsd`."""
     final_fraction: float = 0.1
-    """Learning rate at the end, as a fraction of the peak."""
+    """Learning rate at the schedule's end, as a fraction of the peak."""
+    anneal_steps: int = 0
+    """The run's last so many steps fall linearly to 0 from where the schedule, which ends before them, has come.
+    A run that has finished may be lengthened by them: raise `train.steps` by as many."""
     beta1: float = 0.9
     """Decay of the gradient's running mean."""
     beta2: float = 0.95
@@ -57,12 +58,11 @@ class OptimizerConfig:
             f"optimizer.warmup_steps={self.warmup_steps} must lie in 0..train.steps-1={steps - 1}; "
             "shorten the warm-up or lengthen the run.",
         )
-        if self.schedule == "wsd":
-            require(
-                1 <= self.decay_steps <= steps - self.warmup_steps,
-                f"optimizer.decay_steps={self.decay_steps} must lie in 1..{steps - self.warmup_steps} "
-                "(train.steps less the warm-up) for schedule='wsd'.",
-            )
+        require(
+            0 <= self.anneal_steps <= steps - self.warmup_steps,
+            f"optimizer.anneal_steps={self.anneal_steps} must lie in 0..{steps - self.warmup_steps} "
+            "(train.steps less the warm-up).",
+        )
 
 
 @dataclasses.dataclass
@@ -73,6 +73,14 @@ class TrainConfig:
     """Optimizer steps of the whole run."""
     seed: int = 0
     """Of the initial weights and of the pool draws."""
+    init_from: str = ""
+    """A run directory or a Hugging Face folder whose weights the run starts from, with a fresh optimizer and fresh
+    data; its tokenizer too, where `data.tokenizer` is empty."""
+    continue_from: str = ""
+    """A run directory whose newest checkpoint the run goes on from: weights, optimizer, place in the data and step.
+    Only what acts later may differ: an anneal, pools from a later step on."""
+    continue_step: int = 0
+    """The checkpoint of `continue_from`; 0: its newest."""
     microbatches: int = 1
     """Gradient accumulation: a step's rows go through the model in this many parts."""
     logits_z_weight: float = 1e-5
@@ -97,6 +105,16 @@ class TrainConfig:
         """Raises `UserError` naming the first field that cannot work."""
         for name in ("steps", "microbatches", "guard_patience", "log_every", "checkpoint_every", "checkpoints_kept"):
             require(getattr(self, name) >= 1, f"train.{name}={getattr(self, name)} must be at least 1.")
+        require(
+            not (self.init_from and self.continue_from),
+            "train.init_from and train.continue_from are both set: a run starts either from weights or from another "
+            "run's state; drop one.",
+        )
+        require(
+            self.continue_step >= 0 and (self.continue_step == 0 or bool(self.continue_from)),
+            f"train.continue_step={self.continue_step} names a checkpoint of train.continue_from, which is "
+            f"{self.continue_from!r}.",
+        )
         require(self.eval_every >= 0, f"train.eval_every={self.eval_every} is negative; 0 evaluates at the end only.")
         require(
             0 <= self.seed < 2**32, f"train.seed={self.seed} must lie in 0..2^32-1, the seeds that JAX tells apart."
@@ -144,6 +162,12 @@ class Config:
                 (rows // parts) % self.balance.local_rows == 0,
                 f"balance.local_rows={self.balance.local_rows} must divide the {rows // parts} rows of a microbatch.",
             )
+
+    def tokenizer(self) -> str:
+        """Path of the tokenizer that the run's tokens are made with; empty: one is trained."""
+        if self.train.init_from and not self.data.tokenizer:
+            return str(Path(self.train.init_from) / "tokenizer.json")
+        return self.data.tokenizer
 
     def to_json(self) -> str:
         """The config as indented JSON, fields in the order of their definition."""

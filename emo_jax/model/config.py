@@ -134,6 +134,9 @@ class PoolConfig:
     """The last so many routed experts belong to every pool and count towards its size."""
     start_step: int = 0
     """Before this step there are no pools: a standard mixture annealed into EMO."""
+    narrowing_steps: int = 0
+    """From `start_step` on, both ends of the range move linearly from all routed experts to min..max over so many
+    steps; 0: at once."""
 
     def validate(self, model: ModelConfig) -> None:
         """Raises `UserError` naming the first field that cannot work with `model`."""
@@ -154,7 +157,8 @@ class PoolConfig:
             0 <= self.forced <= self.min,
             f"pool.forced={self.forced} must lie in 0..pool.min={self.min}: forced experts count towards the pool.",
         )
-        require(self.start_step >= 0, f"pool.start_step={self.start_step} is negative.")
+        for name in ("start_step", "narrowing_steps"):
+            require(getattr(self, name) >= 0, f"pool.{name}={getattr(self, name)} is negative.")
 
 
 @dataclasses.dataclass

@@ -82,7 +82,7 @@ def draw_pools(
     the mesh nor added rows change them.
 
     Args:
-      pool: its `start_step` makes every pool whole before that step.
+      pool: its `start_step` makes every pool whole before that step, its `narrowing_steps` widen the range after.
       seed: of the run.
       step: int32 scalar.
       rows, layers, documents: B, L, G.
@@ -91,10 +91,15 @@ def draw_pools(
     key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), step)
     row_keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(rows))
 
+    low, high = jnp.int32(pool.min), jnp.int32(pool.max)
+    if pool.narrowing_steps:
+        done = jnp.clip((step - pool.start_step) / pool.narrowing_steps, 0, 1)
+        low, high = (jnp.round(experts + done * (end - experts)).astype(jnp.int32) for end in (low, high))
+
     def draw(row_key: jax.Array) -> PoolDraws:
         size_key, order_key = jax.random.split(row_key)
         shape = (layers, documents)
-        size = jax.random.randint(size_key, shape, pool.min, pool.max + 1, dtype=jnp.int32)
+        size = jax.random.randint(size_key, shape, low, high + 1, dtype=jnp.int32)
         return PoolDraws(size, jax.random.bits(order_key, (*shape, 2), jnp.uint32))
 
     draws = jax.vmap(draw)(row_keys)

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from emo_jax.config import Config
 from emo_jax.errors import UserError, require
-from emo_jax.model import abstract_parameters
+from emo_jax.model import PoolConfig, abstract_parameters
 from emo_jax.training.step import TrainState, abstract_state
 
 FORMAT_VERSION = 2
@@ -183,8 +183,17 @@ def _chunks(path: tuple, leaf: jax.Array) -> ocp.SaveArgs:
     return ocp.SaveArgs(chunk_byte_size=expert_bytes, shard_axes=(0,))
 
 
-def load_parameters(run_dir: Path) -> tuple[Config, dict[str, Any], int]:
-    """Config, parameters and step of a run's newest checkpoint, on the default device.
+def saved_steps(run_dir: Path) -> list[int]:
+    """Steps of the complete checkpoints of a run, ascending; reads nothing but names."""
+    return sorted(int(path.name) for path in (Path(run_dir) / "checkpoints").glob("*") if path.name.isdigit())
+
+
+def load_parameters(run_dir: Path, shardings: Any = None) -> tuple[Config, dict[str, Any], int]:
+    """Config, parameters and step of a run's newest checkpoint.
+
+    Args:
+      run_dir: of the run.
+      shardings: where each parameter goes; None: the default device.
 
     Raises:
       UserError: where the folder is no run or has no checkpoint.
@@ -197,8 +206,14 @@ def load_parameters(run_dir: Path) -> tuple[Config, dict[str, Any], int]:
         if step is None:
             raise UserError(f"{run_dir} has no checkpoint yet; let the run reach train.checkpoint_every steps.")
         abstract = {"params": abstract_parameters(config.model)}
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    item = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract)
+    if shardings is None:
+        default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        shardings = jax.tree.map(lambda _: default, abstract["params"])
+    item = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        abstract,
+        {"params": shardings},
+    )
     args = ocp.args.PyTreeRestore(
         item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
     )
@@ -226,19 +241,51 @@ def same_run(run_dir: Path, config: Config) -> None:
     file = run_dir / "config.json"
     if not file.exists():
         run_dir.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(".tmp")
-        temporary.write_text(config.to_json())
-        temporary.replace(file)
+        _write_config(file, config)
         return
     # Through Config: a field that is newer than the run has its default, which is what the run did.
-    old, new = (_flatten(dataclasses.asdict(c)) for c in (Config.from_json(file.read_text()), config))
-    for name in new:
-        if old[name] != new[name] and name not in _FREE and not name.startswith("mesh."):
+    check_same_run(Config.from_json(file.read_text()), config, max(saved_steps(run_dir), default=0), str(run_dir))
+    _write_config(file, config)
+
+
+def check_same_run(old: Config, new: Config, done: int, name: str, ignored: tuple[str, ...] = ()) -> None:
+    """Compares two configs as the first `done` steps of a run saw them: what acts only later may differ.
+
+    So a run may be lengthened by an anneal, and pools may be switched on at a later step.
+
+    Raises:
+      UserError: naming the first field by which those steps would have been others, and run `name`.
+    """
+    before, after = _seen(old, done), _seen(new, done)
+    typed_before, typed_after = (_flatten(dataclasses.asdict(c)) for c in (old, new))
+    for field in after:
+        if before[field] != after[field] and field not in (*_FREE, *ignored) and not field.startswith("mesh."):
+            hint = ""
+            if field in ("train.steps", "optimizer.anneal_steps"):
+                hint = " To go on after its end, raise train.steps and optimizer.anneal_steps by the same number."
+            if field.startswith("pool."):
+                hint = f" To change its pools from now on, set pool.start_step to {done} or more."
             raise UserError(
-                f"{run_dir} was started with {name}={old[name]!r}, now it is {new[name]!r}: "
-                "the run would no longer be one run. Set it back, or start another --workdir."
+                f"{name} was started with {field}={typed_before[field]!r}, now it is {typed_after[field]!r}: "
+                f"the run would no longer be one run. Set it back, or start another --workdir.{hint}"
             )
-    file.write_text(config.to_json())
+
+
+def _seen(config: Config, done: int) -> dict[str, Any]:
+    """Every field, with those that act only after `done` steps as if they were not set."""
+    fields = _flatten(dataclasses.asdict(config)) | {"data.tokenizer": config.tokenizer()}
+    end = config.train.steps - config.optimizer.anneal_steps
+    if done <= end:
+        fields |= {"train.steps": 0 if config.optimizer.schedule == "constant" else end, "optimizer.anneal_steps": 0}
+    if config.pool.kind == "none" or config.pool.start_step >= done > 0:
+        fields |= {f"pool.{name}": value for name, value in dataclasses.asdict(PoolConfig(kind="none")).items()}
+    return fields
+
+
+def _write_config(file: Path, config: Config) -> None:
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(config.to_json())
+    temporary.replace(file)
 
 
 _FREE = {

@@ -18,13 +18,14 @@ from jax.sharding import Mesh
 from emo_jax.analysis import human, write_report
 from emo_jax.config import Config
 from emo_jax.data import TokenStore, heldout_batches, prepare_store, train_batches
-from emo_jax.errors import UserError
+from emo_jax.errors import UserError, require
 from emo_jax.evaluation import HeldoutLoss, make_heldout_loss
 from emo_jax.model import active_parameters, flops_per_token, total_parameters
 from emo_jax.parallel import make_mesh, put_rows
-from emo_jax.training.checkpoints import Checkpoints, same_run
+from emo_jax.training.checkpoints import Checkpoints, same_run, saved_steps
 from emo_jax.training.metrics import PEAK_FLOPS, MetricsLog, Progress, to_numbers
-from emo_jax.training.step import TrainState, init_state, make_train_step
+from emo_jax.training.start import check_origin, continue_run, initial_parameters
+from emo_jax.training.step import TrainState, init_state, make_train_step, state_shardings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,19 +66,40 @@ def train(config: Config, run_dir: Path, log: Callable[[str], None] = print) -> 
 
 
 def _train(config: Config, run_dir: Path, mesh: Mesh, log: Callable[[str], None]) -> Result:
+    fresh = not (run_dir / "config.json").exists()
+    if config.train.continue_from and fresh:
+        continue_run(config, run_dir, log)
+    elif not saved_steps(run_dir):
+        check_origin(config)
     same_run(run_dir, config)
-    store = prepare_store(config.data, config.model.vocab_size, config.data.cache_dir or run_dir / "data", log)
+    store = _tokens(config, run_dir, log)
     (run_dir / "tokenizer.json").write_bytes(store.tokenizer_path.read_bytes())
     log(_summary(config, store, mesh))
     with contextlib.closing(Checkpoints(run_dir, config, store.tokenizer_hash)) as checkpoints:
         batches = iter(train_batches(store, config.data, jax.process_index(), jax.process_count(), log))
         state = checkpoints.restore(mesh, batches, log)
         if state is None:
-            state = init_state(config, mesh)
+            params = None
+            if config.train.init_from:
+                log(f"Starting from the weights of {config.train.init_from}.")
+                params = initial_parameters(config, state_shardings(config, mesh).params)
+            state = init_state(config, mesh, params)
         else:
             log(f"Continuing from the checkpoint of step {int(state.step)}.")
         with contextlib.closing(MetricsLog(run_dir, int(state.step))) as metrics:
             return _Run(config, run_dir, mesh, store, checkpoints, metrics, log).steps(state, batches)
+
+
+def _tokens(config: Config, run_dir: Path, log: Callable[[str], None]) -> TokenStore:
+    """The run's tokens, of both kinds."""
+    data = dataclasses.replace(config.data, tokenizer=config.tokenizer())
+    store = prepare_store(data, config.model.vocab_size, config.data.cache_dir or run_dir / "data", log)
+    require(
+        len(store.heldout) > 0,
+        f"{store.directory} has no held-out documents to evaluate on; raise data.heldout_fraction="
+        f"{config.data.heldout_fraction} or give more text, and delete that folder.",
+    )
+    return store
 
 
 class _Run:

@@ -1,5 +1,6 @@
 """AdamW as the recipe has it: clipping, decay groups, warm-up and schedule."""
 
+import itertools
 from typing import Any
 
 import jax
@@ -11,19 +12,19 @@ from emo_jax.config import OptimizerConfig
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """The learning rate of each step of a run of `steps`, a function of the step's number from 0."""
     peak, final = config.learning_rate, config.learning_rate * config.final_fraction
-    warmup = config.warmup_steps
-    rest = max(steps - warmup, 1)
+    warmup, end = config.warmup_steps, steps - config.anneal_steps
+    rest = max(end - warmup, 1)
     if config.schedule == "cosine":
         main = optax.cosine_decay_schedule(peak, rest, alpha=config.final_fraction)
     elif config.schedule == "linear":
         main = optax.linear_schedule(peak, final, rest)
-    elif config.schedule == "wsd":
-        main = optax.linear_schedule(peak, final, config.decay_steps, transition_begin=rest - config.decay_steps)
     else:
-        main = optax.constant_schedule(peak)
-    if not warmup:
-        return main
-    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), main], [warmup])
+        main, final = optax.constant_schedule(peak), peak
+    anneal = optax.linear_schedule(final if end > warmup else peak, 0.0, max(config.anneal_steps, 1))
+    parts = [(optax.linear_schedule(0.0, peak, max(warmup, 1)), warmup), (main, end - warmup), (anneal, steps - end)]
+    parts = [(schedule, length) for schedule, length in parts if length]
+    starts = itertools.accumulate(length for _, length in parts[:-1])
+    return optax.join_schedules([schedule for schedule, _ in parts], list(starts))
 
 
 def decayed(params: Any) -> Any:

@@ -59,10 +59,11 @@ def state_shardings(config: Config, mesh: Mesh) -> TrainState:
     return TrainState(replicated(mesh), params, opt_state, guard)
 
 
-def init_state(config: Config, mesh: Mesh) -> TrainState:
-    """The state before the first step, every array made where it lives."""
+def init_state(config: Config, mesh: Mesh, params: Any = None) -> TrainState:
+    """The state before the first step, every array made where it lives; with random weights unless given `params`."""
     shardings = state_shardings(config, mesh)
-    params = init_parameters(config.model, config.train.seed, shardings.params)
+    if params is None:
+        params = init_parameters(config.model, config.train.seed, shardings.params)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
     step, guard = jax.device_put((jnp.int32(0), init_guard(config.train)), (shardings.step, shardings.guard))
