@@ -5,6 +5,7 @@ Letters: B rows, S sequence, G documents in a row, N tokens in all.
 
 import bisect
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -25,6 +26,13 @@ class Rows:
 
     spans: np.ndarray
     offsets: np.ndarray
+
+    @classmethod
+    def join(cls, parts: "Sequence[Rows]") -> "Rows":
+        """The rows of each, one after another."""
+        starts = np.cumsum([0, *(len(part.spans) for part in parts)])
+        offsets = [part.offsets[:-1] + start for part, start in zip(parts, starts, strict=False)]
+        return cls(np.concatenate([part.spans for part in parts]), np.concatenate([*offsets, starts[-1:]]))
 
     def __len__(self) -> int:
         return len(self.offsets) - 1

@@ -6,7 +6,7 @@ import grain
 import numpy as np
 
 from emo_jax.data.config import DataConfig
-from emo_jax.data.packing import pack_rows, padding_share, row, row_domains
+from emo_jax.data.packing import Rows, pack_rows, padding_share, row, row_domains
 from emo_jax.data.store import Log, Split, TokenStore, silent
 from emo_jax.errors import require
 
@@ -17,8 +17,10 @@ _READ_OPTIONS = grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)
 class _Batches:
     """Batches of rows by index: rows of a split, -1 for a row of padding."""
 
-    def __init__(self, split: Split, config: DataConfig, max_repetitions: int = 0, with_domains: bool = False):
-        self.rows = pack_rows(split.offsets, config.sequence_length, config.max_documents, config.packing)
+    def __init__(
+        self, split: Split, rows: Rows, config: DataConfig, max_repetitions: int = 0, with_domains: bool = False
+    ):
+        self.rows = rows
         self._split = split
         self._sequence_length, self._max_documents = config.sequence_length, config.max_documents
         self._max_repetitions = max_repetitions
@@ -41,12 +43,13 @@ def train_batches(
 
     Global batch k holds rows k·B … k·B + B − 1 of an order that is shuffled anew each epoch, every row once
     an epoch; process p of P reads rows p·B/P … (p+1)·B/P − 1 of it. Element k depends on the store, the
-    config and k alone, so a checkpoint (`{"next_index": k}`) fits any number of processes.
+    config and k alone, so a checkpoint (`{"next_index": k}`) fits any number of processes. In a mixture each
+    part has such an order of its own, and rows are taken from them in turn, in the proportions of the weights.
 
     Args:
       store: an open store.
-      config: `sequence_length`, `batch_size`, `max_documents`, `packing`, `max_repetitions` and `shuffle_seed`
-        are read.
+      config: `sequence_length`, `batch_size`, `max_documents`, `packing`, `max_repetitions`, `shuffle_seed` and
+        the weights of `mixture` are read.
       process_index: p.
       process_count: P.
       log: receives a line on the rows.
@@ -61,10 +64,22 @@ def train_batches(
     """
     size = _share(config.batch_size, process_index, process_count, "data.batch_size")
     require(len(store.train) > 0, f"{store.directory} has no training documents; give more text.")
-    batch = _Batches(store.train, config, config.max_repetitions)
-    share = padding_share(batch.rows, config.sequence_length)
-    log(f"Rows: {len(batch.rows)} of {config.sequence_length} tokens, {config.packing}, {share:.1%} padding.")
-    order = grain.MapDataset.range(len(batch.rows)).seed(config.shuffle_seed).shuffle().repeat()
+    parts = [_pack_part(store.train, start, stop, config) for _, start, stop in store.parts]
+    rows = Rows.join(parts)
+    batch = _Batches(store.train, rows, config, config.max_repetitions)
+    share = padding_share(rows, config.sequence_length)
+    log(f"Rows: {len(rows)} of {config.sequence_length} tokens, {config.packing}, {share:.1%} padding.")
+    ends = np.cumsum([len(part) for part in parts]).tolist()
+    orders = [
+        grain.MapDataset.range(end - len(part), end).seed(config.shuffle_seed).shuffle().repeat()
+        for part, end in zip(parts, ends, strict=True)
+    ]
+    order = orders[0]
+    if len(orders) > 1:
+        weights = [part.weight for part in config.parts()]
+        order = grain.MapDataset.mix(orders, weights)  # which part comes next is a function of the place alone
+        for (name, _, _), part, weight in zip(store.parts, parts, weights, strict=True):
+            log(f"  {name}: {len(part)} rows, {weight / sum(weights):.1%} of a batch.")
 
     def read(k: int) -> dict[str, np.ndarray]:
         first = k * config.batch_size + process_index * size
@@ -102,7 +117,8 @@ def heldout_batches(
         f"{store.directory} has no held-out documents; raise data.heldout_fraction or give more text, "
         "and build it anew.",
     )
-    batch = _Batches(store.heldout, config, with_domains=True)
+    rows = pack_rows(store.heldout.offsets, config.sequence_length, config.max_documents, config.packing)
+    batch = _Batches(store.heldout, rows, config, with_domains=True)
     count = len(batch.rows)
 
     def read(k: int) -> dict[str, np.ndarray]:
@@ -110,6 +126,13 @@ def heldout_batches(
         return batch([r if r < count else -1 for r in range(first, first + size)])
 
     return grain.MapDataset.range(-(-count // batch_size)).map(read)
+
+
+def _pack_part(split: Split, start: int, stop: int, config: DataConfig) -> Rows:
+    """The rows of documents start … stop − 1: they share none with other parts."""
+    offsets = split.offsets[start : stop + 1]
+    rows = pack_rows(offsets - offsets[0], config.sequence_length, config.max_documents, config.packing)
+    return Rows(rows.spans + offsets[0], rows.offsets)
 
 
 def _share(batch_size: int, process_index: int, process_count: int, field: str) -> int:

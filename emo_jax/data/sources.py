@@ -11,7 +11,7 @@ from typing import Any
 
 import zstandard
 
-from emo_jax.data.config import DataConfig
+from emo_jax.data.config import DataConfig, Part
 from emo_jax.data.documents import Document
 from emo_jax.data.installed import installed_documents
 from emo_jax.errors import UserError, require
@@ -23,18 +23,25 @@ _TEXT = (".txt", ".md")
 _CHUNK = 1 << 20
 
 
-def read_documents(config: DataConfig) -> Iterator[Document]:
-    """The documents of `config.source`, whole, duplicates included.
+def read_documents(config: DataConfig) -> Iterator[tuple[Document, int]]:
+    """The documents of `config.source`, whole, duplicates included, each with the index of its part of the mixture.
 
     Raises:
-      UserError: if the path is missing, holds no documents, or a file cannot be read; while iterating.
+      UserError: if a path is missing, holds no documents, or a file cannot be read; while iterating.
     """
-    if config.source == "installed_text":
+    for index, part in enumerate(config.parts()):
+        for document in _read(part, config.text_field):
+            named = part.name if part.name and document.domain == DEFAULT_DOMAIN else document.domain
+            yield Document(document.text, named), index
+
+
+def _read(part: Part, text_field: str) -> Iterator[Document]:
+    if part.source == "installed_text":
         return installed_documents()
-    if config.source == "text":
-        return text_documents(config.path)
-    reader = {"jsonl": jsonl_documents, "tfds": tfds_documents}[config.source]
-    return reader(config.path, config.text_field)
+    if part.source == "text":
+        return text_documents(part.path)
+    reader = {"jsonl": jsonl_documents, "tfds": tfds_documents}[part.source]
+    return reader(part.path, text_field)
 
 
 def jsonl_documents(path: str, text_field: str = "text") -> Iterator[Document]:

@@ -19,6 +19,7 @@ class Spool:
       duplicates: documents dropped because an earlier one has the same text.
       sizes: int64 [pieces], UTF-8 bytes.
       domain_of: int32 [pieces], indices into `domains`.
+      part_of: int32 [pieces], parts of a mixture.
       heldout: bool [pieces].
       hashes: uint64 [pieces], of the whole document.
       ranks: int32 [pieces], a piece's number within its document.
@@ -26,7 +27,7 @@ class Spool:
 
     def __init__(
         self,
-        documents: Iterable[Document],
+        documents: Iterable[tuple[Document, int]],
         path: pathlib.Path,
         *,
         max_piece_bytes: int,
@@ -36,7 +37,7 @@ class Spool:
         """Reads all of `documents` once, writing their pieces to `path`.
 
         Args:
-          documents: whole documents.
+          documents: whole documents, each with the index of its part of a mixture.
           path: file to create; it holds at most `max_megabytes` a domain.
           max_piece_bytes: where longer documents are cut.
           heldout_fraction: see `is_heldout`.
@@ -46,11 +47,12 @@ class Spool:
         names: dict[str, int] = {}
         spooled: list[int] = []
         seen: set[bytes] = set()
-        ends, domain_of, heldout, hashes, ranks = array("q"), array("i"), array("b"), array("Q"), array("i")
+        ends, domain_of, part_of = array("q"), array("i"), array("i")
+        heldout, hashes, ranks = array("b"), array("Q"), array("i")
         self.duplicates = 0
         position = 0
         with path.open("wb") as file:
-            for text, domain in documents:
+            for (text, domain), part in documents:
                 key = digest(text)
                 if key in seen:
                     self.duplicates += 1
@@ -66,6 +68,7 @@ class Spool:
                 file.write(data)
                 ends.extend(position + cut for cut in cuts)
                 domain_of.extend([index] * len(cuts))
+                part_of.extend([part] * len(cuts))
                 heldout.extend([heldout_by_digest(key, heldout_fraction)] * len(cuts))
                 hashes.extend([int.from_bytes(key[:8])] * len(cuts))
                 ranks.extend(range(len(cuts)))
@@ -76,6 +79,7 @@ class Spool:
         self._ends = np.array(ends, np.int64)
         self.sizes = np.diff(self._ends, prepend=0)
         self.domain_of = renumbered[np.array(domain_of, np.int32)] if names else np.zeros(0, np.int32)
+        self.part_of = np.array(part_of, np.int32)
         self.heldout = np.array(heldout, bool)
         self.hashes = np.array(hashes, np.uint64)
         self.ranks = np.array(ranks, np.int32)

@@ -34,6 +34,7 @@ _CONTENT_FIELDS = (
     "max_document_bytes",
     "max_megabytes",
     "shuffle_seed",
+    "mixture",
 )
 _TOKENIZER_BYTES = 10_000_000  # text that a tokenizer is trained on; more changes its merges little
 _ENCODE_BYTES = 2_000_000  # text that is tokenized at a time
@@ -48,7 +49,7 @@ def silent(message: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """One side of a store: documents one after another, each followed by the end token.
+    """One side of a store: documents one after another, each followed by the end token, if there is one.
 
     Attributes:
       tokens: uint16 or uint32 [N], read from disk as it is used.
@@ -82,6 +83,11 @@ class TokenStore:
         return tuple(self.manifest["domains"])
 
     @property
+    def parts(self) -> list[tuple[str, int, int]]:
+        """Name, first training document and the one behind the last, of each part of the mixture."""
+        return [tuple(part) for part in self.manifest.get("parts", [["", 0, len(self.train)]])]
+
+    @property
     def fingerprint(self) -> str:
         """sha256 over both token files: equal for equal tokens in an equal order."""
         return self.manifest["fingerprint"]
@@ -98,7 +104,7 @@ class TokenStore:
 
     @property
     def end_of_text_id(self) -> int:
-        """The token that ends every document."""
+        """The token that ends every document; -1 where they end without one."""
         return self.manifest["tokenizer"]["end_of_text_id"]
 
     def tokenizer(self) -> Tokenizer:
@@ -108,7 +114,7 @@ class TokenStore:
 
     @functools.cached_property
     def train(self) -> Split:
-        """Training documents, shuffled."""
+        """Training documents, shuffled within each part of the mixture."""
         return self._split("train")
 
     @functools.cached_property
@@ -226,7 +232,10 @@ def _write(config: DataConfig, vocab_size: int, directory: pathlib.Path, log: Lo
         heldout_fraction=config.heldout_fraction,
         max_megabytes=config.max_megabytes,
     )
-    require(len(spool.sizes) > 0, f"data.source={config.source!r} at data.path={config.path!r} holds no text.")
+    for index, part in enumerate(config.parts()):
+        what = f"data.source={config.source!r} at data.path={config.path!r}"
+        what = f"data.mixture's part {part.name!r} ({part.source} {part.path})" if part.name else what
+        require(bool((spool.part_of == index).any()), f"{what} holds no text{' of its own' if part.name else ''}.")
     keep = spool.within(config.max_megabytes)
     train = np.flatnonzero(keep & ~spool.heldout)
     require(
@@ -234,8 +243,9 @@ def _write(config: DataConfig, vocab_size: int, directory: pathlib.Path, log: Lo
         f"data.heldout_fraction={config.heldout_fraction} leaves none of {len(spool.sizes)} documents for training; "
         "lower it or give more documents.",
     )
+    shuffled = np.random.default_rng(config.shuffle_seed).permutation(train)
     pieces = {
-        "train": np.random.default_rng(config.shuffle_seed).permutation(train),
+        "train": shuffled[np.argsort(spool.part_of[shuffled], kind="stable")],
         "heldout": _choose_heldout(spool, np.flatnonzero(keep & spool.heldout), config.heldout_documents),
     }
 
@@ -250,10 +260,12 @@ def _write(config: DataConfig, vocab_size: int, directory: pathlib.Path, log: Lo
     (directory / "tokenizer.json").write_bytes(tokenizer_json)
 
     dtype = np.uint16 if vocab_size <= 1 << 16 else np.uint32
-    end_id = tokenizer.get_vocab(with_added_tokens=True)[config.end_of_text]
+    end_id = tokenizer.get_vocab(with_added_tokens=True)[config.end_of_text] if config.end_of_text else -1
     counts = {}
     for name in _SPLITS:
-        counts[name] = _write_split(spool, pieces[name], tokenizer, end_id, np.dtype(dtype), directory / name)
+        pieces[name], counts[name] = _write_split(
+            spool, pieces[name], tokenizer, end_id, np.dtype(dtype), directory / name
+        )
         log(f"{name}: {counts[name]['documents']} documents, {counts[name]['tokens']} tokens.")
     texts_path.unlink()
     missing = [name for name, count in counts["heldout"]["by_domain"].items() if not count["documents"]]
@@ -263,6 +275,7 @@ def _write(config: DataConfig, vocab_size: int, directory: pathlib.Path, log: Lo
         "format_version": FORMAT_VERSION,
         "settings": _settings(config, vocab_size),
         "domains": spool.domains,
+        "parts": _parts(config, spool.part_of[pieces["train"]]),
         "dtype": np.dtype(dtype).name,
         **counts,
         "duplicates_dropped": spool.duplicates,
@@ -293,16 +306,18 @@ def _sample(spool: Spool, pieces: np.ndarray) -> Iterator[str]:
 
 def _write_split(
     spool: Spool, pieces: np.ndarray, tokenizer: Tokenizer, end_id: int, dtype: np.dtype, path: pathlib.Path
-) -> dict[str, Any]:
-    """Writes `path`.bin and its arrays; returns the counts for the manifest."""
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Writes `path`.bin and its arrays; returns the pieces that have tokens, and the counts for the manifest."""
     lengths: list[int] = []
     with path.with_name(f"{path.name}.bin").open("wb") as file:
         for _, texts in spool.batches(pieces, _ENCODE_BYTES):
             for ids in encode(tokenizer, texts):
-                ids.append(end_id)
+                if end_id >= 0:
+                    ids.append(end_id)
                 file.write(np.array(ids, dtype).tobytes())
                 lengths.append(len(ids))
     lengths_N = np.array(lengths, np.int64)
+    pieces, lengths_N = pieces[lengths_N > 0], lengths_N[lengths_N > 0]
     domains_N = spool.domain_of[pieces]
     np.save(path.with_name(f"{path.name}_offsets.npy"), np.concatenate(([0], np.cumsum(lengths_N))).astype(np.int64))
     np.save(path.with_name(f"{path.name}_domains.npy"), domains_N.astype(np.int32))
@@ -312,7 +327,16 @@ def _write_split(
         return {"documents": len(sizes), "tokens": int(lengths_N[chosen].sum()), "bytes": int(sizes.sum())}
 
     by_domain = {name: count(domains_N == index) for index, name in enumerate(spool.domains)}
-    return {**count(np.ones(len(pieces), bool)), "by_domain": by_domain}
+    return pieces, {**count(np.ones(len(pieces), bool)), "by_domain": by_domain}
+
+
+def _parts(config: DataConfig, part_of: np.ndarray) -> list[list[Any]]:
+    """Name and document range of each part; `part_of` is sorted."""
+    names = [part.name for part in config.parts()]
+    bounds = np.searchsorted(part_of, np.arange(len(names) + 1)).tolist()
+    for name, start, stop in zip(names, bounds, bounds[1:], strict=False):
+        require(stop > start, f"data.mixture's part {name!r} has no training documents; give it more text.")
+    return [[name, start, stop] for name, start, stop in zip(names, bounds, bounds[1:], strict=False)]
 
 
 def _fingerprint(directory: pathlib.Path) -> str:
@@ -325,7 +349,9 @@ def _fingerprint(directory: pathlib.Path) -> str:
 
 
 def _settings(config: DataConfig, vocab_size: int) -> dict[str, Any]:
-    return {name: getattr(config, name) for name in _CONTENT_FIELDS} | {"vocab_size": vocab_size}
+    settings = {name: getattr(config, name) for name in _CONTENT_FIELDS} | {"vocab_size": vocab_size}
+    # Weights choose rows, not tokens.
+    return settings | {"mixture": [[part.name, part.source, part.path] for part in config.parts() if part.name]}
 
 
 def _local(directory: str | os.PathLike[str]) -> pathlib.Path:

@@ -18,7 +18,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, end_of_text: str) -> 
       texts: training text; the same texts in the same order give the same tokenizer.
       vocab_size: entries to reach, end token included. A corpus with too few repeated pairs gives fewer;
         ids then still lie below `vocab_size`.
-      end_of_text: the token with id 0; in a text its characters are ordinary ones.
+      end_of_text: the token with id 0; in a text its characters are ordinary ones. Empty: there is none.
 
     Raises:
       UserError: if `vocab_size` cannot hold the 256 bytes and the end token.
@@ -33,7 +33,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, end_of_text: str) -> 
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[end_of_text],
+        special_tokens=[end_of_text] if end_of_text else [],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
@@ -47,7 +47,7 @@ def load_tokenizer(path: str | pathlib.Path, end_of_text: str, vocab_size: int) 
 
     Args:
       path: the file.
-      end_of_text: the token that ends a document; in a text its characters are ordinary ones.
+      end_of_text: the token that ends a document; in a text its characters are ordinary ones. Empty: there is none.
       vocab_size: the model's; every id must lie below it.
 
     Raises:
@@ -59,7 +59,7 @@ def load_tokenizer(path: str | pathlib.Path, end_of_text: str, vocab_size: int) 
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the Rust library raises bare Exception
         raise UserError(f"data.tokenizer={str(path)!r} is not a Hugging Face tokenizer.json: {error}") from error
-    if tokenizer.token_to_id(end_of_text) is None:
+    if end_of_text and tokenizer.token_to_id(end_of_text) is None:
         candidates = _end_candidates(tokenizer)
         hint = f"it has {', '.join(map(repr, candidates))}" if candidates else "it has no special tokens"
         raise UserError(f"data.end_of_text={end_of_text!r} is not a token of {str(path)!r}; {hint}.")
@@ -71,7 +71,8 @@ def load_tokenizer(path: str | pathlib.Path, end_of_text: str, vocab_size: int) 
     )
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    tokenizer.add_special_tokens([end_of_text])  # some files list it as an ordinary token, matched inside text
+    if end_of_text:
+        tokenizer.add_special_tokens([end_of_text])  # some files list it as an ordinary token, matched inside text
     tokenizer.encode_special_tokens = True
     return tokenizer
 

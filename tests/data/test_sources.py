@@ -20,7 +20,8 @@ def encoded(lines=LINES):
 
 
 def read(source, path, text_field="text"):
-    return list(read_documents(DataConfig(source=source, path=str(path), text_field=text_field)))
+    config = DataConfig(source=source, path=str(path), text_field=text_field)
+    return [document for document, _ in read_documents(config)]
 
 
 def write_dataset(data_dir, examples, split="train", name="tiny_tales"):
@@ -51,7 +52,7 @@ def test_tfds_name_is_looked_up_in_the_data_folder(tmp_path):
     code = (
         "import sys; from emo_jax.data import DataConfig, read_documents; "
         "assert 'tensorflow_datasets' not in sys.modules; "
-        "print(ascii([tuple(d) for d in read_documents("
+        "print(ascii([tuple(d) for d, _ in read_documents("
         "DataConfig(source='tfds', path='tiny_tales', text_field='body'))]))"
     )
     environment = os.environ | {"TFDS_DATA_DIR": str(tmp_path)}
