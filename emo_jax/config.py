@@ -100,6 +100,8 @@ class TrainConfig:
     """Steps between checkpoints; one is always written at the end and on Ctrl-C."""
     checkpoints_kept: int = 2
     """Newest checkpoints to keep."""
+    wandb_project: str = ""
+    """A Weights & Biases project that metrics go to as well; empty: none."""
 
     def validate(self) -> None:
         """Raises `UserError` naming the first field that cannot work."""

@@ -4,15 +4,18 @@ The same command continues a run that was interrupted. Any field of the config c
 `--config.data.source=jsonl --config.data.path='texts/*.jsonl.gz' --config.train.steps=2000`.
 """
 
+import re
 import signal
 from pathlib import Path
 
 from absl import flags
 
 from emo_jax import cli
+from emo_jax.errors import require
 
 _CONFIG = cli.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and report.", required=True)
+_PROFILE = flags.DEFINE_string("profile_steps", "", "Steps to trace with the profiler, as FIRST:LAST.")
 
 
 def main() -> int:
@@ -20,7 +23,7 @@ def main() -> int:
     from emo_jax.training import train  # after flags are parsed: a mistake answers at once
 
     config = cli.check_config(_CONFIG.value)
-    result = train(config, Path(_WORKDIR.value))
+    result = train(config, Path(_WORKDIR.value), profile=_profiled(_PROFILE.value, config.train.steps))
     if result.stopped_by or result.heldout is None:
         print(f"Stopped after step {result.step}. The same command goes on from there.")
         return 0 if result.stopped_by == signal.SIGTERM else 128 + result.stopped_by
@@ -31,6 +34,15 @@ def main() -> int:
     print(f"  {'all':<{width}}  {result.heldout.loss:.3f}  ({result.heldout.tokens:,} tokens)")
     print(f"\nReport: {result.report}")
     return 0
+
+
+def _profiled(text: str, steps: int) -> tuple[int, int] | None:
+    if not text:
+        return None
+    match = re.fullmatch(r"(\d+):(\d+)", text)
+    first, last = (int(match[1]), int(match[2])) if match else (0, 0)
+    require(1 <= first <= last <= steps, f"--profile_steps={text!r} must be FIRST:LAST within 1:{steps}, as in 10:14.")
+    return first, last
 
 
 if __name__ == "__main__":

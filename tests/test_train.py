@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -187,3 +188,54 @@ def test_a_config_file_that_does_not_exist_names_the_nearest(tmp_path):
     done = subprocess.run(call, capture_output=True, text=True, env=environment(), cwd=ROOT, timeout=60)
     assert done.returncode == 2
     assert "Did you mean configs/emo_tiny.py?" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "limit", [12_000, 60_000]
+)  # bytes a file may have: the tokens do not fit; a checkpoint does not
+def test_a_full_disk_is_told_in_words_loses_nothing_and_the_same_command_goes_on(corpus, tmp_path, limit):
+    def small_files():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    fields = {"train.steps": 20, "model.vocab_size": 300}
+    # A process whose files may not grow stands for a disk that is full.
+    full = subprocess.run(
+        command(tmp_path / "run", corpus, **fields),
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=300,
+        preexec_fn=small_files,
+    )
+    assert full.returncode == 2, full.stderr[-3000:]
+    assert "is full" in full.stderr and "the same command goes on" in full.stderr
+    assert "Traceback" not in full.stderr
+    done = run(tmp_path / "run", corpus, **fields)
+    assert done.returncode == 0, done.stderr
+    assert [line["step"] for line in metrics(tmp_path / "run")] == list(range(1, 21))
+
+
+def test_profiled_steps_leave_a_trace_and_say_where(corpus, tmp_path):
+    process = subprocess.run(
+        [*command(tmp_path, corpus, **{"train.steps": 8}), "--profile_steps=3:4"],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=300,
+    )
+    assert process.returncode == 0, process.stderr
+    assert f"Steps 3 to 4 are profiled: tensorboard --logdir {tmp_path / 'profile'}" in process.stdout
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+def test_what_cannot_be_profiled_is_refused(corpus, tmp_path):
+    for steps in ("4:3", "0:2", "5", "1:100"):
+        process = subprocess.run(
+            [*command(tmp_path, corpus), f"--profile_steps={steps}"],
+            capture_output=True,
+            text=True,
+            env=environment(),
+            timeout=300,
+        )
+        assert process.returncode == 2
+        assert f"--profile_steps='{steps}' must be FIRST:LAST within 1:60" in process.stderr

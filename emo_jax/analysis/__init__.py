@@ -3,7 +3,8 @@
 `write_report` turns a run directory into one self-contained page that opens offline.
 """
 
+from emo_jax.analysis.compare import compare_runs
 from emo_jax.analysis.report import write_report
 from emo_jax.analysis.run import human, read_metrics
 
-__all__ = ["human", "read_metrics", "write_report"]
+__all__ = ["compare_runs", "human", "read_metrics", "write_report"]

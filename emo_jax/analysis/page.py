@@ -128,12 +128,20 @@ def note(text: str) -> str:
     return f'<p class="note">{escape(text)}</p>'
 
 
-def page(title: str, body: str) -> str:
-    """The whole document; `body` is HTML."""
+# A page in view reloads every minute, but not under a hand: scrolling, hovering and clicking put it off.
+_REFRESH = """
+let touched = 0;
+["scroll", "pointermove", "keydown"].forEach(kind => addEventListener(kind, () => { touched = Date.now(); }));
+setInterval(() => { if (!document.hidden && Date.now() - touched > 60000) location.reload(); }, 60000);
+"""
+
+
+def page(title: str, body: str, refresh: bool = False) -> str:
+    """The whole document; `body` is HTML. With `refresh` it renews itself while nobody is at it."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n<script>{get_plotlyjs()}</script></head>\n"
-        f"<body><main>{body}</main>\n<script>{_SCRIPT}</script></body></html>\n"
+        f"<body><main>{body}</main>\n<script>{_SCRIPT}{_REFRESH if refresh else ''}</script></body></html>\n"
     )

@@ -27,15 +27,17 @@ def write_report(run_dir: Path) -> Path:
     run = Run(run_dir)
     parts = [_header(run)]
     if run.records:
-        parts += [sections.loss(run), sections.domains(run)]
+        parts += [sections.alarms(run), sections.loss(run), sections.domains(run)]
         if run.layers:
             parts += [routing_sections.load(run), routing_sections.pools(run)]
         parts += [routing_sections.health(run), sections.speed(run)]
     parts.append(_config_table(run.config))
-    return _replace(run_dir / "report.html", page.page(f"{run.kind} · {run.name}", "".join(parts)))
+    text = page.page(f"{run.kind} · {run.name}", "".join(parts), refresh=not run.finished)
+    return replace(run_dir / "report.html", text)
 
 
-def _replace(path: Path, text: str) -> Path:
+def replace(path: Path, text: str) -> Path:
+    """Writes a page; one that was there is replaced atomically."""
     handle, temporary = tempfile.mkstemp(prefix=".report-", suffix=".html", dir=path.parent)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
@@ -60,6 +62,7 @@ def _header(run: Run) -> str:
     if run.pooled:
         about += f" · {config.pool.kind} pools of {config.pool.min} to {config.pool.max} experts"
     state = "finished" if run.finished else "in progress" if run.records else "not started"
+    state += "" if run.finished else "; this page renews itself when it is in view"
     share = min(run.steps_done / config.train.steps, 1)
     hint = (
         '<p class="soft hint mouse">Drag across a figure to zoom in, double-click to zoom out. '

@@ -1,10 +1,62 @@
 """Sections that every run's report has: loss, domains, speed."""
 
 import math
+from typing import Any
+
+import numpy as np
 
 from emo_jax.analysis import page
 from emo_jax.analysis.figures import BLUE, DOMAIN_COLOURS, GREY, ORANGE, Curve, Rule, line_figure, shorten
 from emo_jax.analysis.run import Run, Series, human, smooth
+
+
+def alarms(run: Run) -> str:
+    """What the run's alarms and its guard saw, newest first."""
+    table: dict[tuple[str, int, int], dict[str, Any]] = {}
+    for record in run.records:
+        for event in record.get("alarms", ()):
+            key = (event["name"], event["layer"], event["since"])
+            table[key] = table.get(key, {"until": None}) | event | {"event": ""}
+            if event["event"] == "cleared":
+                table[key]["until"] = record["step"]
+    skipped = [record for record in run.records if record.get("skipped_in_row")]
+    lead = "Whether the router and the gradients stay healthy, judged over stretches of 100 logged steps."
+    cards = []
+    if table:
+        rows = [
+            f"<tr><td>{page.escape(event['name'])}{_where(event)}</td><td>{page.escape(event.get('seen', ''))}</td>"
+            f"<td>step {event['since']:,} to {'now' if event['until'] is None else format(event['until'], ',')}</td>"
+            f"<td>{page.escape(event.get('helps', ''))}</td></tr>"
+            for event in reversed(table.values())
+        ]
+        head = "<tr><th>alarm</th><th>seen</th><th>when</th><th>what helps</th></tr>"
+        now = sum(event["until"] is None for event in table.values())
+        cards.append(_table(f"{len(table)} alarms, {now} of them now", head, rows))
+    if skipped:
+        rows = [
+            f'<tr><td class="number">{record["step"]:,}</td><td class="number">{_number(record["loss"])}</td>'
+            f'<td class="number">{_number(record["grad_norm"])}</td></tr>'
+            for record in reversed(skipped[-200:])
+        ]
+        head = '<tr><th class="number">step</th><th class="number">loss</th><th class="number">gradient norm</th></tr>'
+        total = run.records[-1].get("skipped", len(skipped))
+        cards.append(_table(f"{total:,} steps skipped: not finite, or far above those before", head, rows))
+    if not cards:
+        cards = [page.card("None", "", "No alarm was raised and no step skipped.", wide=True)]
+    return page.section("Alarms", lead, cards)
+
+
+def _where(event: dict[str, Any]) -> str:
+    return f" · layer {event['layer']}" if event["layer"] >= 0 else ""
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, int | float) else page.escape(value)
+
+
+def _table(title: str, head: str, rows: list[str]) -> str:
+    body = f'<div class="scroll"><table><thead>{head}</thead><tbody>{"".join(rows)}</tbody></table></div>'
+    return page.card(title, body, "", wide=True)
 
 
 def loss(run: Run) -> str:
@@ -98,18 +150,26 @@ def _domain_table(last: dict[str, tuple[float, int]], colours: dict[str, str]) -
     )
 
 
-_TIMINGS = (  # metric, title, unit, hover format, tick format, reading aid
+_TIMINGS = (  # group, metric, title, unit, hover format, tick format, reading aid
     (
-        *("tokens_per_second", "Throughput", "tokens per second", ",.0f", "~s"),
+        *("timing", "tokens_per_second", "Throughput", "tokens per second", ",.0f", "~s"),
         "Dips are evaluations, checkpoints or a busy machine.",
     ),
     (
-        *("mfu", "Model FLOPs utilisation", "share of the chip's peak", ".1%", "~%"),
+        *("timing", "mfu", "Model FLOPs utilisation", "share of the chip's peak", ".1%", "~%"),
         "How much of the chip's peak goes into the model's own arithmetic; recomputation is not counted.",
     ),
     (
-        *("data_wait", "Waiting for input", "share of a step", ".1%", "~%"),
+        *("timing", "data_wait", "Waiting for input", "share of a step", ".1%", "~%"),
         "Near zero is right; above a few percent, reading data holds the chip back.",
+    ),
+    (
+        *("data", "padding", "Padding", "share of positions", ".2%", "~%"),
+        "Positions without a token: what best-fit packing pays for whole documents.",
+    ),
+    (
+        *("data", "filtered_rows", "Filtered rows", "share of rows", ".2%", "~%"),
+        "Rows that the repetition filter took out; they train nothing.",
     ),
 )
 
@@ -117,9 +177,9 @@ _TIMINGS = (  # metric, title, unit, hover format, tick format, reading aid
 def speed(run: Run) -> str:
     """Throughput and what explains it, and the learning rate."""
     cards = []
-    for metric, title, unit, hover, ticks, caption in _TIMINGS:
-        data = run.series("timing", metric)
-        if len(data.steps):
+    for group, metric, title, unit, hover, ticks, caption in _TIMINGS:
+        data = run.series(group, metric)
+        if len(data.steps) and (group == "timing" or np.nanmax(data.values) > 0):
             curve = Curve(title.lower(), data, BLUE)
             figure = line_figure(metric, [curve], hover=hover, tickformat=ticks, rangemode="tozero")
             cards.append(page.card(title, figure, caption, unit=unit))

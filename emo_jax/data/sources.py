@@ -110,6 +110,8 @@ def text_documents(path: str) -> Iterator[Document]:
     for file, domain in _find(path, _TEXT):
         try:
             text = file.read_bytes().decode("utf-8-sig")
+        except FileNotFoundError as error:
+            raise UserError(f"{file} was there and has gone while it was read; put it back and run again.") from error
         except UnicodeDecodeError as error:
             raise UserError(f"{file} is not UTF-8 ({error.reason} at byte {error.start}): {_REENCODE}") from error
         if text.strip():
@@ -145,6 +147,8 @@ def _lines(file: pathlib.Path) -> Iterator[tuple[int, bytes]]:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     yield number, line
+    except FileNotFoundError as error:
+        raise UserError(f"{file} was there and has gone while it was read; put it back and run again.") from error
     except (gzip.BadGzipFile, EOFError, zlib.error, zstandard.ZstdError) as error:
         raise UserError(f"{file} is damaged or not what its suffix says ({error}); fetch it again.") from error
 

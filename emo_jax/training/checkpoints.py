@@ -295,6 +295,7 @@ _FREE = {
     "train.eval_every",
     "train.checkpoint_every",
     "train.checkpoints_kept",
+    "train.wandb_project",
 }
 """Fields that may change when a run continues: none of them changes what is computed."""
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import os
 import platform
@@ -22,8 +23,9 @@ from emo_jax.errors import UserError, require
 from emo_jax.evaluation import HeldoutLoss, make_heldout_loss
 from emo_jax.model import active_parameters, flops_per_token, total_parameters
 from emo_jax.parallel import make_mesh, put_rows
+from emo_jax.training.alarms import Alarms, message
 from emo_jax.training.checkpoints import Checkpoints, same_run, saved_steps
-from emo_jax.training.metrics import PEAK_FLOPS, MetricsLog, Progress, to_numbers
+from emo_jax.training.metrics import PEAK_FLOPS, MetricsLog, Progress, check_wandb, to_numbers
 from emo_jax.training.start import check_origin, continue_run, initial_parameters
 from emo_jax.training.step import TrainState, init_state, make_train_step, state_shardings
 
@@ -45,7 +47,9 @@ class Result:
     report: Path
 
 
-def train(config: Config, run_dir: Path, log: Callable[[str], None] = print) -> Result:
+def train(
+    config: Config, run_dir: Path, log: Callable[[str], None] = print, profile: tuple[int, int] | None = None
+) -> Result:
     """Trains from the newest checkpoint in `run_dir`, or from the start, to `train.steps`.
 
     Ctrl-C and SIGTERM end it after the step in flight with a checkpoint.
@@ -54,18 +58,22 @@ def train(config: Config, run_dir: Path, log: Callable[[str], None] = print) -> 
       config: of the run; validated before any work.
       run_dir: local folder for everything the run leaves.
       log: receives messages for people.
+      profile: first and last step of a profiler trace, which goes to `profile/` in `run_dir`.
 
     Raises:
       UserError: on a config that cannot work, or that is not that of the run in `run_dir`; where another
         process is training in `run_dir`; where the guard gives up.
     """
     config.validate()
+    check_wandb(config.train.wandb_project)
     mesh = make_mesh(config.mesh, config.data.batch_size // config.train.microbatches)
-    with _only_process(run_dir):
-        return _train(config, run_dir, mesh, log)
+    with _only_process(run_dir), _full_disk(run_dir):
+        return _train(config, run_dir, mesh, log, profile)
 
 
-def _train(config: Config, run_dir: Path, mesh: Mesh, log: Callable[[str], None]) -> Result:
+def _train(
+    config: Config, run_dir: Path, mesh: Mesh, log: Callable[[str], None], profile: tuple[int, int] | None
+) -> Result:
     fresh = not (run_dir / "config.json").exists()
     if config.train.continue_from and fresh:
         continue_run(config, run_dir, log)
@@ -86,8 +94,8 @@ def _train(config: Config, run_dir: Path, mesh: Mesh, log: Callable[[str], None]
             state = init_state(config, mesh, params)
         else:
             log(f"Continuing from the checkpoint of step {int(state.step)}.")
-        with contextlib.closing(MetricsLog(run_dir, int(state.step))) as metrics:
-            return _Run(config, run_dir, mesh, store, checkpoints, metrics, log).steps(state, batches)
+        with contextlib.closing(MetricsLog(run_dir, int(state.step), config)) as metrics:
+            return _Run(config, run_dir, mesh, store, checkpoints, metrics, log, profile).steps(state, batches)
 
 
 def _tokens(config: Config, run_dir: Path, log: Callable[[str], None]) -> TokenStore:
@@ -114,6 +122,7 @@ class _Run:
         checkpoints: Checkpoints,
         metrics: MetricsLog,
         log: Callable[[str], None],
+        profile: tuple[int, int] | None,
     ):
         self.config, self.run_dir, self.mesh, self.store = config, run_dir, mesh, store
         self.checkpoints, self.metrics, self.log = checkpoints, metrics, log
@@ -121,6 +130,11 @@ class _Run:
         self.heldout_loss = make_heldout_loss(config.model, mesh, store.domains)
         self.heldout: HeldoutLoss | None = None
         self.tokens_per_step = config.data.batch_size * config.data.sequence_length
+        self.profile, self.profiling = profile or (0, 0), False
+        self.alarms = Alarms(config)
+        for line in metrics.kept:
+            self.alarms.update(line)
+        self.reported, self.report_seconds = time.monotonic(), 0.0
 
     def steps(self, state: TrainState, batches: grain.DatasetIterator) -> Result:
         """Runs from `state` to the last step or a signal."""
@@ -131,6 +145,9 @@ class _Run:
         unread: tuple[int, Any] | None = None
         with _signals() as stop:
             while done < last and not stop:
+                if done + 1 == self.profile[0]:
+                    jax.profiler.start_trace(str(self.run_dir / "profile"))
+                    self.profiling = True
                 with clock.waiting():
                     batch = put_rows(next(batches), self.mesh)
                 with jax.transfer_guard("disallow"):
@@ -139,6 +156,8 @@ class _Run:
                     self._write(*unread, clock)
                 done += 1
                 unread = (done, metrics)
+                if self.profiling and (done == self.profile[1] or stop):
+                    self._end_profile(done, metrics)
                 evaluate = done == last or (train.eval_every and done % train.eval_every == 0)
                 save = done == last or done % train.checkpoint_every == 0
                 if evaluate or save:  # the line of this step must stand before its checkpoint does
@@ -178,13 +197,35 @@ class _Run:
             flops = flops_per_token(self.config.model, self.config.data.sequence_length)
             line["timing"]["mfu"] = rate * flops / (peak * self.mesh.size)
         if step % self.config.train.log_every == 0 or state is not None:
+            events = self.alarms.update(line)
+            if events:
+                line["alarms"] = events
+            for event in events:
+                self.progress.message(f"step {step}: {message(event)}")
             self.metrics.write(line)
         left = (self.config.train.steps - step) * self.tokens_per_step / max(rate, 1e-9)
         self.progress.show(step, line["cross_entropy"], rate, left)
         if self.heldout is not None and state is not None:
             self.progress.message(f"step {step}: held-out loss {self.heldout.loss:.4f} nats/token (no document pool)")
-            if step < self.config.train.steps:  # the end of the loop writes the last one
-                write_report(self.run_dir)
+        # The end of the loop writes the last one; between, it may cost a hundredth of the time.
+        due = time.monotonic() - self.reported > max(60.0, 100 * self.report_seconds)
+        if (due or state is not None) and step < self.config.train.steps:
+            self._report()
+
+    def _report(self) -> None:
+        start = time.monotonic()
+        write_report(self.run_dir)
+        self.reported = time.monotonic()
+        self.report_seconds = self.reported - start
+
+    def _end_profile(self, done: int, metrics: Any) -> None:
+        jax.block_until_ready(metrics)
+        jax.profiler.stop_trace()
+        self.profiling = False
+        self.progress.message(
+            f"Steps {self.profile[0]} to {done} are profiled: tensorboard --logdir {self.run_dir / 'profile'} shows "
+            "them, with the package xprof."
+        )
 
     def _skipped(self, line: dict[str, Any]) -> None:
         """Tells of a skipped step, and ends a run that skips on and on; its last checkpoint is from before."""
@@ -256,6 +297,23 @@ def _only_process(run_dir: Path) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {platform.node()}")
         file.flush()
         yield
+
+
+@contextlib.contextmanager
+def _full_disk(run_dir: Path) -> Iterator[None]:
+    """Says what a full disk means; whoever meets it first (log, report, Orbax) says it in words of its own."""
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, UserError) and any(os.strerror(number) in str(error) for number in _NO_SPACE):
+            raise UserError(
+                f"The disk of {run_dir} is full ({str(error).strip().splitlines()[0][:200]}). Nothing complete is lost:"
+                " free some space, and the same command goes on from the newest checkpoint."
+            ) from error
+        raise
+
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """Where numbers go: `metrics.jsonl`, TensorBoard events and the progress line."""
 
+import importlib.util
 import json
 import os
 import sys
@@ -12,6 +13,8 @@ import numpy as np
 from tensorboardX import SummaryWriter
 
 from emo_jax.analysis import human, read_metrics
+from emo_jax.config import Config
+from emo_jax.errors import require
 
 PEAK_FLOPS = {
     "TPU v4": 275e12,
@@ -34,17 +37,22 @@ def to_numbers(tree: Any) -> Any:
 
 
 class MetricsLog:
-    """`metrics.jsonl`, each logged step once, and the same scalars as TensorBoard events."""
+    """`metrics.jsonl`, each logged step once, and the same scalars as TensorBoard events and, if wanted, at wandb.
 
-    def __init__(self, run_dir: Path, start_step: int):
+    Attributes:
+      kept: lines of the run so far, when it was opened.
+    """
+
+    def __init__(self, run_dir: Path, start_step: int, config: Config):
         """Opens the files; lines after `start_step`, which the resumed run computes again, are cut off."""
         self._path = run_dir / "metrics.jsonl"
-        kept = [line for line in read_metrics(self._path)[0] if line["step"] <= start_step]
+        self.kept = [line for line in read_metrics(self._path)[0] if line["step"] <= start_step]
         temporary = self._path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in self.kept))
         temporary.replace(self._path)
         self._file = self._path.open("a")
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1 if start_step else None)
+        self._wandb = _start_wandb(run_dir, config) if config.train.wandb_project else None
 
     def write(self, line: dict[str, Any]) -> None:
         """Appends a line; `line["step"]` counts steps done."""
@@ -52,11 +60,40 @@ class MetricsLog:
         self._file.flush()
         for name, value in _scalars(line):
             self._board.add_scalar(name, value, line["step"])
+        if self._wandb:
+            self._wandb.log(dict(_scalars(line)), step=line["step"])
 
     def close(self) -> None:
-        """Flushes and closes both."""
+        """Flushes and closes all."""
         self._file.close()
         self._board.close()
+        if self._wandb:
+            self._wandb.finish()
+
+
+def check_wandb(project: str) -> None:
+    """Raises `UserError` where `train.wandb_project` is set and the package is not installed."""
+    require(
+        not project or importlib.util.find_spec("wandb") is not None,
+        f"train.wandb_project={project!r} needs the package wandb: pip install 'emo_jax[wandb]', or leave it empty.",
+    )
+
+
+def _start_wandb(run_dir: Path, config: Config) -> Any:
+    """The run's one wandb run, whose id lies in the run directory; WANDB_MODE and the rest are wandb's own settings."""
+    import wandb
+
+    file = run_dir / "wandb_id"
+    if not file.exists():
+        file.write_text(wandb.util.generate_id())
+    return wandb.init(
+        project=config.train.wandb_project,
+        id=file.read_text(),
+        name=run_dir.resolve().name,
+        dir=run_dir,
+        resume="allow",
+        config=json.loads(config.to_json()),
+    )
 
 
 def _scalars(line: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
@@ -64,7 +101,7 @@ def _scalars(line: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
     for name, value in line.items():
         if isinstance(value, dict):
             scalars += _scalars(value, f"{prefix}{name}/")
-        elif isinstance(value, list) and value and not isinstance(value[0], list):
+        elif isinstance(value, list) and value and isinstance(value[0], int | float):
             scalars += [(f"{prefix}{name}/layer_{i:02d}", x) for i, x in enumerate(value)]
         elif isinstance(value, int | float) and name != "step":
             scalars.append((f"{prefix}{name}", value))

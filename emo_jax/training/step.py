@@ -190,6 +190,9 @@ def make_gradients(
             loss, parts, routing, grads = accumulated(params, rows, tokens)
         metrics = {"loss": loss, "loss_tokens": tokens.loss, "grad_norm": optax.tree.norm(grads)}
         metrics |= {name: parts[name] for name in ("cross_entropy", "logits_z")}
+        empty_BS = batch["document_ids"] == 0
+        filtered_B = empty_BS.all(1)  # by the repetition filter: no row is all padding
+        metrics["data"] = {"padding": (empty_BS & ~filtered_B[:, None]).mean(), "filtered_rows": filtered_B.mean()}
         if routing:
             layer_parts = {name: parts[name] for name in ("balance", "router_z")}
             metrics["routing"] = layer_parts | routing_metrics(jax.lax.stop_gradient(routing))

@@ -169,3 +169,26 @@ def test_missing_path_and_empty_folder_say_what_was_expected(tmp_path, source):
         read(source, tmp_path)
     with pytest.raises(UserError, match="holds no files"):
         read(source, tmp_path / "*.none")
+
+
+@pytest.mark.parametrize(("source", "suffix"), [("text", ".txt"), ("jsonl", ".jsonl")])
+def test_a_file_that_vanishes_while_reading_is_named(tmp_path, source, suffix):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}{suffix}").write_text('{"text": "words"}')
+    documents = read_documents(DataConfig(source=source, path=str(tmp_path)))
+    next(documents)
+    (tmp_path / f"b{suffix}").unlink()
+    with pytest.raises(UserError, match=rf"b{suffix} was there and has gone while it was read; put it back"):
+        list(documents)
+
+
+def test_a_document_of_50_megabytes_beside_an_empty_one_trains_in_pieces(tmp_path):
+    lines = [json.dumps({"text": "one more line of a long book\n" * 1_750_000}), json.dumps({"text": ""})]
+    (tmp_path / "books.jsonl").write_text("\n".join([*lines, json.dumps({"text": "a short one"})]))
+    assert (tmp_path / "books.jsonl").stat().st_size > 50e6
+    config = DataConfig(source="jsonl", path=str(tmp_path), heldout_fraction=1e-9, max_document_bytes=10**6)
+    store = build_store(config, 400, tmp_path / "store")
+    assert len(store.train) == 51 + 1
+    assert store.train.offsets[-1] == len(store.train.tokens)
+    text = store.tokenizer().decode(store.train.tokens[: store.train.offsets[1]].tolist())
+    assert set(text.splitlines()) <= {"one more line of a long book", "a short one"}
