@@ -190,9 +190,7 @@ def test_a_config_file_that_does_not_exist_names_the_nearest(tmp_path):
     assert "Did you mean configs/emo_tiny.py?" in done.stderr
 
 
-@pytest.mark.parametrize(
-    "limit", [12_000, 60_000]
-)  # bytes a file may have: the tokens do not fit; a checkpoint does not
+@pytest.mark.parametrize("limit", [12_000, 60_000])
 def test_a_full_disk_is_told_in_words_loses_nothing_and_the_same_command_goes_on(corpus, tmp_path, limit):
     def small_files():
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))

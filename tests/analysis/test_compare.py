@@ -15,11 +15,8 @@ from tests.analysis.test_report import HOSTILE, config, figures, own_html, run_d
 def runs(tmp_path):
     emo, standard = config("document"), config("none")
     standard.balance.weight = 0.01
-    folders = [
-        run_directory(tmp_path / name, made, simulate(made, every=5))
-        for name, made in (("emo", emo), ("std", standard))
-    ]
-    return folders
+    kinds = {"emo": emo, "std": standard}
+    return [run_directory(tmp_path / name, made, simulate(made, every=5)) for name, made in kinds.items()]
 
 
 def test_a_comparison_shows_what_differs_and_what_came_of_it(runs, tmp_path):
