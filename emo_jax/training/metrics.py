@@ -84,16 +84,16 @@ def _start_wandb(run_dir: Path, config: Config) -> Any:
     import wandb
 
     file = run_dir / "wandb_id"
-    if not file.exists():
-        file.write_text(wandb.util.generate_id())
-    return wandb.init(
+    run = wandb.init(
         project=config.train.wandb_project,
-        id=file.read_text(),
+        id=file.read_text() if file.exists() else None,
         name=run_dir.resolve().name,
         dir=run_dir,
         resume="allow",
         config=json.loads(config.to_json()),
     )
+    file.write_text(run.id)
+    return run
 
 
 def _scalars(line: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
