@@ -166,6 +166,7 @@ def main() -> None:
     """Measures every variant at both geometries and prints the ratios that BUILD_NOTES.md reports."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--peer_python", help="a Python with torch and transformers")
+    parser.add_argument("--geometry", choices=GEOMETRIES, help="only this one")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
@@ -175,7 +176,7 @@ def main() -> None:
     from _timing import versions
 
     print(versions())
-    for geometry in GEOMETRIES:
+    for geometry in [args.geometry] if args.geometry else GEOMETRIES:
         commands = {
             label: ([sys.executable, __file__, "--worker", geometry, label], variant[-1])
             for label, variant in (STEP | SCALING).items()

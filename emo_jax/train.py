@@ -29,9 +29,9 @@ def main() -> int:
         return 0 if result.stopped_by == signal.SIGTERM else 128 + result.stopped_by
     print("\nHeld-out loss by domain (nats a token, no document pool):")
     width = max(map(len, result.heldout.domains), default=0)
-    for name, (loss, tokens) in sorted(result.heldout.domains.items(), key=lambda item: item[1]):
-        print(f"  {name:<{width}}  {loss:.3f}  ({tokens:,} tokens)")
-    print(f"  {'all':<{width}}  {result.heldout.loss:.3f}  ({result.heldout.tokens:,} tokens)")
+    for name, part in sorted(result.heldout.domains.items(), key=lambda item: item[1]):
+        print(f"  {name:<{width}}  {part.loss:.3f}  ({part.tokens:,} tokens)")
+    print(f"  {'all':<{width}}  {result.heldout.all.loss:.3f}  ({result.heldout.all.tokens:,} tokens)")
     print(f"\nReport: {result.report}")
     return 0
 

@@ -3,7 +3,7 @@
 from emo_jax.data.config import DataConfig
 from emo_jax.data.documents import Document, is_heldout
 from emo_jax.data.packing import Rows, is_repetitive, pack_rows, padding_share, row, row_domains
-from emo_jax.data.pipeline import heldout_batches, train_batches
+from emo_jax.data.pipeline import domain_batches, heldout_batches, train_batches
 from emo_jax.data.sources import read_documents
 from emo_jax.data.store import Split, TokenStore, build_store, open_store, prepare_store
 from emo_jax.data.tokenizer import encode, load_tokenizer, train_tokenizer
@@ -15,6 +15,7 @@ __all__ = [
     "Split",
     "TokenStore",
     "build_store",
+    "domain_batches",
     "encode",
     "heldout_batches",
     "is_heldout",

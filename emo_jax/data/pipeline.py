@@ -1,6 +1,7 @@
 """Batches: an endless training stream that any number of processes sees alike, and the held-out rows once."""
 
 import sys
+from collections.abc import Sequence
 
 import grain
 import numpy as np
@@ -126,6 +127,33 @@ def heldout_batches(
         return batch([r if r < count else -1 for r in range(first, first + size)])
 
     return grain.MapDataset.range(-(-count // batch_size)).map(read)
+
+
+def domain_batches(
+    split: Split, domains: Sequence[str], config: DataConfig, batch_size: int, documents: int = 0
+) -> dict[str, list[dict[str, np.ndarray]]]:
+    """The documents of each domain in batches of their own.
+
+    Args:
+      split: documents, domain after domain, such as a store's held-out ones.
+      domains: names, in the order of the split's indices.
+      config: `sequence_length`, `max_documents` and `packing` are read.
+      batch_size: rows of a batch; the last of a domain is filled up with rows of padding.
+      documents: most documents of a domain; 0: all.
+
+    Returns:
+      For each domain that has documents its batches, as in `heldout_batches`.
+    """
+    batches = {}
+    for index, name in enumerate(domains):
+        start, stop = np.searchsorted(split.domains, [index, index + 1]).tolist()
+        if start == stop:
+            continue
+        rows = _pack_part(split, start, min(stop, start + documents) if documents else stop, config)
+        batch = _Batches(split, rows, config, with_domains=True)
+        firsts = range(0, len(rows), batch_size)
+        batches[name] = [batch([r if r < len(rows) else -1 for r in range(i, i + batch_size)]) for i in firsts]
+    return batches
 
 
 def _pack_part(split: Split, start: int, stop: int, config: DataConfig) -> Rows:

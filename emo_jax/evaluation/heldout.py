@@ -1,11 +1,11 @@
-"""Held-out cross-entropy by domain.
+"""Held-out cross-entropy and next-token accuracy by domain.
 
 Letters: B rows, S sequence, G documents a row, Z domains.
 """
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,34 +14,43 @@ from jax.sharding import Mesh
 
 from emo_jax.errors import require
 from emo_jax.kernels.experts import default_implementation
-from emo_jax.model import ModelConfig, bind, token_losses
+from emo_jax.model import Kept, ModelConfig, bind, token_losses
 from emo_jax.parallel import put_rows
+
+
+class Loss(NamedTuple):
+    """How well some tokens are predicted.
+
+    Attributes:
+      loss: mean cross-entropy, in nats a token.
+      accuracy: share of tokens that have the largest logit.
+      tokens: how many were predicted.
+    """
+
+    loss: float
+    accuracy: float
+    tokens: int
 
 
 @dataclasses.dataclass(frozen=True)
 class HeldoutLoss:
-    """Cross-entropy of held-out documents, in nats a token.
+    """Prediction of held-out documents.
 
     Attributes:
-      loss: over all tokens.
-      tokens: how many were predicted.
-      domains: loss and tokens of each domain that has any.
+      all: over all tokens.
+      domains: of each domain that has any.
     """
 
-    loss: float
-    tokens: int
-    domains: dict[str, tuple[float, int]]
+    all: Loss
+    domains: dict[str, Loss]
 
     def to_json(self) -> dict[str, Any]:
         """As it stands in `metrics.jsonl`."""
-        domains = {name: {"loss": loss, "tokens": tokens} for name, (loss, tokens) in self.domains.items()}
-        return {"loss": self.loss, "tokens": self.tokens, "domains": domains}
+        return self.all._asdict() | {"domains": {name: loss._asdict() for name, loss in self.domains.items()}}
 
 
-def make_heldout_loss(
-    config: ModelConfig, mesh: Mesh, domains: Sequence[str]
-) -> Callable[[Any, Iterable[dict[str, np.ndarray]]], HeldoutLoss]:
-    """Builds (params, batches) → `HeldoutLoss`; compiled once, one transfer back at the end.
+def make_heldout_loss(config: ModelConfig, mesh: Mesh, domains: Sequence[str]) -> Callable[..., HeldoutLoss]:
+    """Builds (params, batches, kept=None) → `HeldoutLoss`; compiled once, one transfer back at the end.
 
     Args:
       config: of the model.
@@ -49,12 +58,12 @@ def make_heldout_loss(
       domains: names, in the order of the batches' `document_domains`.
 
     The returned function raises `UserError` without batches. They follow the contract of `emo_jax.data`, with
-    `document_domains` int32 [B, G] beside.
+    `document_domains` int32 [B, G] beside. `kept` is a subset of the experts, one `Kept` a mixture layer.
     """
     implementation = default_implementation(mesh.devices.flat[0].platform)
 
     @jax.jit
-    def sums(params: Any, batch: dict[str, jax.Array]) -> jax.Array:
+    def sums(params: Any, batch: dict[str, jax.Array], kept: Sequence[Kept] | None) -> jax.Array:
         model = bind(config, params)
         ids_BS, domains_BG = batch["document_ids"], batch["document_domains"]
         hidden_BSD, _ = model(
@@ -64,22 +73,24 @@ def make_heldout_loss(
             documents=domains_BG.shape[1],
             mesh=mesh,
             implementation=implementation,
+            kept=kept,
         )
-        loss_BS, _ = token_losses(hidden_BSD, model.head[...], batch["targets"], mesh)
+        loss_BS, hit_BS = token_losses(hidden_BSD, model.head[...], batch["targets"], mesh)
         domain_BS = jnp.take_along_axis(domains_BG, jnp.maximum(ids_BS - 1, 0), axis=1)
         weights_BSZ = jax.nn.one_hot(domain_BS, len(domains), dtype=loss_BS.dtype) * batch["loss_mask"][..., None]
-        return jnp.stack([(loss_BS[..., None] * weights_BSZ).sum((0, 1)), weights_BSZ.sum((0, 1))])
+        values_3BS = (loss_BS, hit_BS.astype(loss_BS.dtype), jnp.ones_like(loss_BS))
+        return jnp.stack([(value_BS[..., None] * weights_BSZ).sum((0, 1)) for value_BS in values_3BS])
 
-    def heldout_loss(params: Any, batches: Iterable[dict[str, np.ndarray]]) -> HeldoutLoss:
-        parts = [sums(params, put_rows(batch, mesh)) for batch in batches]
+    def mean(loss: float, hits: float, tokens: float) -> Loss:
+        return Loss(float(loss / max(tokens, 1)), float(hits / max(tokens, 1)), int(tokens))
+
+    def heldout_loss(
+        params: Any, batches: Iterable[dict[str, np.ndarray]], kept: Sequence[Kept] | None = None
+    ) -> HeldoutLoss:
+        parts = [sums(params, put_rows(batch, mesh), kept) for batch in batches]
         require(bool(parts), "There are no held-out batches to evaluate on.")
-        total_2Z = np.sum(jax.device_get(parts), axis=0, dtype=np.float64)
-        per_domain = {
-            name: (float(loss / tokens), int(tokens))
-            for name, loss, tokens in zip(domains, *total_2Z, strict=True)
-            if tokens
-        }
-        loss, tokens = total_2Z.sum(1)
-        return HeldoutLoss(float(loss / max(tokens, 1)), int(tokens), per_domain)
+        total_3Z = np.sum(jax.device_get(parts), axis=0, dtype=np.float64)
+        per_domain = {name: mean(*column) for name, column in zip(domains, total_3Z.T, strict=True) if column[2]}
+        return HeldoutLoss(mean(*total_3Z.sum(1)), per_domain)
 
     return heldout_loss

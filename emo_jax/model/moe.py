@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from emo_jax.kernels.experts import routed_experts
 from emo_jax.model.config import ModelConfig, PoolConfig
 from emo_jax.model.layers import FeedForward, weight
-from emo_jax.model.routing import PoolDraws, Routing, route
+from emo_jax.model.routing import Kept, PoolDraws, Routing, route
 from emo_jax.parallel import map_rows
 
 
@@ -35,17 +35,24 @@ class MixtureOfExperts(nnx.Module):
         if config.num_shared_experts:
             self.shared = FeedForward(config, config.num_shared_experts * config.d_expert)
 
+    def router_logits(self, x_BSD: jax.Array) -> jax.Array:
+        """z, [B, S, R], float32 or wider."""
+        wide = jnp.promote_types(x_BSD.dtype, jnp.float32)
+        # The default float32 product is bfloat16 on TPU and TF32 on GPU, and flips choices.
+        return jnp.einsum("bsd,dr->bsr", x_BSD.astype(wide), self.router[...].astype(wide), precision="highest")
+
     def __call__(
         self,
         x_BSD: jax.Array,
         document_ids_BS: jax.Array,
         *,
-        pool: PoolConfig | None,
-        draws: PoolDraws | None,
-        layer: int,
-        documents: int,
-        mesh: Mesh | None,
-        implementation: str | None,
+        pool: PoolConfig | None = None,
+        draws: PoolDraws | None = None,
+        layer: int = 0,
+        documents: int = 1,
+        mesh: Mesh | None = None,
+        implementation: str | None = None,
+        kept: Kept | None = None,
     ) -> tuple[jax.Array, Routing]:
         """The layer's output [B, S, D], 0 for tokens of document 0, and its routing.
 
@@ -57,12 +64,10 @@ class MixtureOfExperts(nnx.Module):
           documents: G.
           mesh: where rows are split over devices; each dispatches its own.
           implementation: of `kernels.experts`.
+          kept: a subset of the experts, or None for all.
         """
-        wide = jnp.promote_types(x_BSD.dtype, jnp.float32)
-        # The default float32 product is bfloat16 on TPU and TF32 on GPU, and flips choices.
-        logits_BSR = jnp.einsum("bsd,dr->bsr", x_BSD.astype(wide), self.router[...].astype(wide), precision="highest")
         routing = route(
-            logits_BSR,
+            self.router_logits(x_BSD),
             document_ids_BS,
             choices=self.config.num_choices,
             normalize=self.config.normalize_top_k,
@@ -70,6 +75,7 @@ class MixtureOfExperts(nnx.Module):
             size_BG=draws.size_BLG[:, layer] if draws else None,
             seed_BG2=draws.seed_BLG[:, layer] if draws else None,
             documents=documents,
+            kept=kept,
         )
 
         def experts(x_BSD, indices_BSC, weights_BSC, gate, up, down):

@@ -12,6 +12,22 @@ import jax.numpy as jnp
 
 from emo_jax.model.config import PoolConfig
 
+FEW_CHOICES = 4
+"""Up to here, looking for the maximum again and again is faster than `lax.top_k` (on CPU twice)."""
+
+
+class Kept(NamedTuple):
+    """A subset of a layer's experts; the others are never chosen.
+
+    Attributes:
+      mask_R: bool, the experts that are kept, C or more.
+      renormalized: bool scalar; true: weights are the softmax over the kept experts, as the papers have it (and as in a
+        model that holds no others); false: they keep the probabilities that the whole router gives them.
+    """
+
+    mask_R: jax.Array
+    renormalized: jax.Array
+
 
 class PoolDraws(NamedTuple):
     """A step's random draws, made once for all its rows; microbatches slice them.
@@ -140,6 +156,7 @@ def route(
     size_BG: jax.Array | None = None,
     seed_BG2: jax.Array | None = None,
     documents: int = 1,
+    kept: Kept | None = None,
 ) -> Routing:
     """Pools, top-C and the sums that losses and metrics need, of one layer.
 
@@ -151,6 +168,7 @@ def route(
       pool: None or kind "none": no pool.
       size_BG, seed_BG2: this layer's `PoolDraws`; a pool needs its size, a random one its seed too.
       documents: G, needed without a pool (for the statistics of documents).
+      kept: a subset of the experts; None: all.
     """
     experts = logits_BSR.shape[-1]
     documents = documents if size_BG is None else size_BG.shape[-1]
@@ -179,10 +197,14 @@ def route(
         pool_mass_BS = jnp.where(in_pool_BSR, p_BSR, 0).sum(-1)
         size_BG = jnp.minimum(size_BG, experts)
 
+    if kept is not None:
+        masked_BSR = jnp.where(kept.mask_R, masked_BSR, -jnp.inf)
     z_BS = jax.nn.logsumexp(masked_BSR, axis=-1)
     w_BSR = jnp.exp(masked_BSR - z_BS[..., None])
+    if kept is not None:
+        w_BSR = jnp.where(kept.renormalized, w_BSR, jnp.where(masked_BSR > -jnp.inf, p_BSR, 0))
     # By logits, not by w: equal order, but no ties where exp underflows, so a masked expert is never chosen.
-    _, indices_BSC = jax.lax.top_k(jax.lax.stop_gradient(masked_BSR), choices)
+    indices_BSC = _largest(jax.lax.stop_gradient(masked_BSR), choices)
     chosen_BSCR = jax.nn.one_hot(indices_BSC, experts, dtype=dtype)
     weights_BSC = (w_BSR[:, :, None, :] * chosen_BSCR).sum(-1)  # a gather whose transpose is not a scatter
     if normalize:
@@ -212,6 +234,20 @@ def route(
         logits_BSR,
         totals,
     )
+
+
+def _largest(logits_BSR: jax.Array, choices: int) -> jax.Array:
+    """Indices of the C largest, by falling value, ties to the lower index: int32 [B, S, C]."""
+    experts = logits_BSR.shape[-1]
+    if choices > FEW_CHOICES:
+        return jax.lax.top_k(logits_BSR, choices)[1]
+    index_11R = jnp.arange(experts, dtype=jnp.int32).reshape(1, 1, -1)
+    found = []
+    for _ in range(choices):
+        largest_BS1 = logits_BSR.max(-1, keepdims=True)
+        found.append(jnp.where(logits_BSR == largest_BS1, index_11R, experts - 1).min(-1))
+        logits_BSR = jnp.where(index_11R == found[-1][..., None], -jnp.inf, logits_BSR)
+    return jnp.stack(found, axis=-1)
 
 
 def balance_loss(

@@ -3,7 +3,7 @@
 Letters: B rows, S sequence, D model, V vocabulary, G documents a row, L mixture layers.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ from emo_jax.model.attention import Attention
 from emo_jax.model.config import ModelConfig, PoolConfig
 from emo_jax.model.layers import FeedForward, rms_norm, scale, weight
 from emo_jax.model.moe import MixtureOfExperts
-from emo_jax.model.routing import PoolDraws, Routing
+from emo_jax.model.routing import Kept, PoolDraws, Routing
 
 REMAT: dict[str, Callable[..., bool] | None] = {
     "full": None,
@@ -40,13 +40,19 @@ class Block(nnx.Module):
         self, x_BSD: jax.Array, document_ids_BS: jax.Array, positions_BS: jax.Array, **routing: Any
     ) -> tuple[jax.Array, Routing | None]:
         """The residual stream after this block, and its routing (None where dense)."""
-        normal = rms_norm(x_BSD, self.attention_norm[...], self.epsilon)
-        x_BSD = x_BSD + self.attention(normal, document_ids_BS, positions_BS)
-        normal = rms_norm(x_BSD, self.ffn_norm[...], self.epsilon)
+        x_BSD, normal = self.attend(x_BSD, document_ids_BS, positions_BS)
         if hasattr(self, "moe"):
             y_BSD, decided = self.moe(normal, document_ids_BS, **routing)
             return x_BSD + y_BSD, decided
         return x_BSD + self.ffn(normal), None
+
+    def attend(
+        self, x_BSD: jax.Array, document_ids_BS: jax.Array, positions_BS: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """The residual stream after attention, and normalised as the feed-forward reads it."""
+        normal = rms_norm(x_BSD, self.attention_norm[...], self.epsilon)
+        x_BSD = x_BSD + self.attention(normal, document_ids_BS, positions_BS)
+        return x_BSD, rms_norm(x_BSD, self.ffn_norm[...], self.epsilon)
 
 
 class Transformer(nnx.Module):
@@ -70,6 +76,7 @@ class Transformer(nnx.Module):
         documents: int = 1,
         mesh: Mesh | None = None,
         implementation: str | None = None,
+        kept: Sequence[Kept] | None = None,
     ) -> tuple[jax.Array, list[Routing]]:
         """The normalised final residual stream and each mixture layer's routing.
 
@@ -79,6 +86,7 @@ class Transformer(nnx.Module):
           documents: G, the largest document id.
           mesh: rows are split over its devices; None on one device.
           implementation: of `kernels.experts`; None: the default backend's best.
+          kept: the subset of experts in each mixture layer; None: all.
 
         Returns:
           [B, S, D] in the config's dtype, input of `logits`; one `Routing` a mixture layer.
@@ -94,6 +102,7 @@ class Transformer(nnx.Module):
                 "documents": documents,
                 "mesh": mesh,
                 "implementation": implementation,
+                "kept": kept[len(routings)] if kept is not None else None,
             }
 
             def run(state, x_BSD, draws, graph=graph, context=context):

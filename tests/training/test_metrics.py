@@ -39,6 +39,6 @@ def test_wandb_gets_each_line_of_one_run_whatever_resumes(tmp_path, monkeypatch)
         log.close()
     folders = list((tmp_path / "wandb").glob("offline-run-*"))
     identity = (tmp_path / "wandb_id").read_text()
-    assert folders and all(folder.name.endswith(identity) for folder in folders)
+    assert folders and all(f"-{identity}" in folder.name for folder in folders)
     steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4]

@@ -51,12 +51,37 @@ def routed_experts(
     require_choice("implementation", implementation, IMPLEMENTATIONS)
     if implementation == "reference":
         return reference(x_TD, indices_TC, weights_TC, gate_RDF, up_RDF, down_RFD)
-    experts = gate_RDF.shape[0]
-    plan = ops.plan(indices_TC, experts, BLOCK if implementation == "blocked" else 1)
-    x_MD = ops.dispatch(x_TD, plan)
-    ffn = _blocked_ffn if implementation == "blocked" else _ragged_ffn
-    y_MD = ffn(x_MD, plan, gate_RDF, up_RDF, down_RFD)
+    y_MD, plan = _outputs(x_TD, indices_TC, gate_RDF, up_RDF, down_RFD, implementation)
     return ops.combine(y_MD, weights_TC, plan)
+
+
+def expert_norms(
+    x_TD: jax.Array,
+    indices_TC: jax.Array,
+    gate_RDF: jax.Array,
+    up_RDF: jax.Array,
+    down_RFD: jax.Array,
+    *,
+    implementation: str | None = None,
+) -> jax.Array:
+    """‖Expert(x)‖₂ of each token's chosen experts, [T, C], float32 or wider; 0 for a token that reaches none.
+
+    Arguments as in `routed_experts`; `reference` is not offered.
+    """
+    implementation = implementation or default_implementation(jax.default_backend())
+    require_choice("implementation", implementation, IMPLEMENTATIONS[:2])
+    y_MD, plan = _outputs(x_TD, indices_TC, gate_RDF, up_RDF, down_RFD, implementation)
+    norm_M = jnp.linalg.norm(y_MD.astype(jnp.promote_types(y_MD.dtype, jnp.float32)), axis=-1)
+    return norm_M.at[plan.slot_TC].get(mode="fill", fill_value=0)
+
+
+def _outputs(
+    x_TD: jax.Array, indices_TC: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array, implementation: str
+) -> tuple[jax.Array, ops.Plan]:
+    """Each slot's expert output [M, D], and where the slots are."""
+    plan = ops.plan(indices_TC, gate.shape[0], BLOCK if implementation == "blocked" else 1)
+    ffn = _blocked_ffn if implementation == "blocked" else _ragged_ffn
+    return ffn(ops.dispatch(x_TD, plan), plan, gate, up, down), plan
 
 
 def _ragged_ffn(x_MD: jax.Array, plan: ops.Plan, gate: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
