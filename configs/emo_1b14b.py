@@ -8,12 +8,16 @@ Parameters: 13.57B, 1.49B active per token (1.28B without the embedding).
 FLOPs: 8.51 GFLOP a token, forward and backward. Tokens: 1T (238,419 steps of 4.19M).
 Reaches (paper, table 1; not reproduced here): MMLU 42.8, MC9 63.1, Gen5 57.9, GSM8K 12.0 after 50B more tokens
 of linear anneal.
-Variants, as overrides:
+Recipes, as overrides. The 1T run is the file as it is; after it, in the same DIR or in one of its own:
+  50B tokens of linear anneal to 0        --config.train.steps=250339 --config.optimizer.anneal_steps=11920
+  the same, in a folder of its own:
+    --config.train.continue_from=DIR --config.train.steps=250339 --config.optimizer.anneal_steps=11920
+Runs of their own:
   130B tokens, the paper's ablations      --config.train.steps=30995
-  then 50B tokens of linear anneal to 0   --config.train.steps=250339 --config.optimizer.anneal_steps=11920
-  the same in a folder of its own         add --config.train.continue_from=DIR
   pools that narrow from all experts      --config.pool.narrowing_steps=5000
-  10B tokens more, as the public extension recipe (its pools always hold 8 experts):
+  from released weights (HF: their folder, tokenizer.json included; else keep data.tokenizer):
+    --config.train.init_from=HF
+  10B tokens more, as the public extension recipe, but with a fresh optimizer (DIR or HF; pools of 8 experts):
     --config.train.init_from=DIR --config.train.steps=2384 --config.optimizer.warmup_steps=238 \\
     --config.optimizer.learning_rate=4e-4 --config.optimizer.weight_decay=0.0 --config.pool.max=8
 balance.scope=microbatch is what the paper's code does; global is exact under accumulation for one more forward.

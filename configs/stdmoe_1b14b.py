@@ -5,12 +5,13 @@ python -m emo_jax.train --config=configs/stdmoe_1b14b.py --workdir=DIR \\
 
 Parameters: 13.57B, 1.49B active per token. FLOPs: 8.51 GFLOP a token. Tokens: 1T (238,419 steps of 4.19M).
 Reaches (paper, table 1; not reproduced here): MMLU 42.4, MC9 63.9, Gen5 59.7, GSM8K 13.9.
-Variants, as overrides:
-  130B tokens                             --config.train.steps=30995
-  then 50B tokens of linear anneal to 0   --config.train.steps=250339 --config.optimizer.anneal_steps=11920
+Recipes, as overrides. The 1T run is the file as it is; after it:
+  50B tokens of linear anneal to 0        --config.train.steps=250339 --config.optimizer.anneal_steps=11920
   the anneal that makes it an EMO, in a folder of its own:
     --config.train.continue_from=DIR --config.train.steps=250339 --config.optimizer.anneal_steps=11920 \\
     --config.pool.kind=document --config.pool.start_step=238419
+A run of its own:
+  130B tokens                             --config.train.steps=30995
 Attention stays within documents here, as for EMO; the public baseline lets it cross them.
 """
 

@@ -154,6 +154,11 @@ class Config:
         self.train.validate()
         self.optimizer.validate(self.train.steps)
         self.mesh.validate()
+        require(
+            self.pool.kind == "none" or self.pool.start_step < self.train.steps,
+            f"pool.start_step={self.pool.start_step} must lie before train.steps={self.train.steps}, or no step has "
+            "a pool; lengthen the run, start them earlier, or set pool.kind=none.",
+        )
         rows, parts = self.data.batch_size, self.train.microbatches
         require(
             rows % parts == 0,

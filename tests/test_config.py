@@ -77,7 +77,6 @@ WRONG = [
     {"optimizer.warmup_steps": -1},
     {"optimizer.anneal_steps": -1},
     {"optimizer.anneal_steps": 91},
-    {"pool.start_step": -1},
     {"pool.narrowing_steps": -1},
     {"train.continue_step": 5},
     {"train.steps": 0},
@@ -130,6 +129,7 @@ def test_a_wrong_value_is_refused_with_its_field_and_value(overrides):
             {"data.source": "mixture", "data.mixture": ("a=1:text:x",), "data.path": "y"},
             "data.path='y' is not read by a mixture",
         ),
+        ({"pool.start_step": 100}, "pool.start_step=100 must lie before train.steps=100"),
         ({"train.init_from": "a", "train.continue_from": "b"}, "train.init_from and train.continue_from are both set"),
         ({"mesh.data": -1, "mesh.fsdp": -1}, "mesh.data and mesh.fsdp are both -1"),
     ],
@@ -166,7 +166,8 @@ def test_limits_themselves_are_allowed():
         {"optimizer.warmup_steps": 0, "train.steps": 1},
         {"optimizer.warmup_steps": 99},
         {"model.num_experts": 0, "pool.kind": "none"},
-        {"pool.kind": "none", "pool.min": 1000},  # unused
+        {"pool.kind": "none", "pool.min": 1000, "pool.start_step": 1000},  # unused
+        {"pool.start_step": 99, "pool.narrowing_steps": 1000},
         {"balance.scope": "local", "balance.local_rows": 8},
         {"mesh.data": 1, "mesh.fsdp": -1},
     ):

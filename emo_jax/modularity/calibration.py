@@ -92,7 +92,8 @@ def calibrate(
 @functools.cache
 def _layer_functions(config_json: str, experts: int) -> tuple[Callable, Callable]:
     """Jitted `_measure` and `_advance` of a layer; compiled once for all layers (and models) that are alike."""
-    config = ModelConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(config_json).items()})
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(config_json).items()}
+    config = ModelConfig(**values)
     graph = nnx.split(nnx.eval_shape(lambda: Block(config, experts)))[0]
     return jax.jit(functools.partial(_measure, graph)), jax.jit(functools.partial(_advance, graph))
 

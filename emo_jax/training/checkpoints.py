@@ -257,29 +257,63 @@ def check_same_run(old: Config, new: Config, done: int, name: str, ignored: tupl
       UserError: naming the first field by which those steps would have been others, and run `name`.
     """
     before, after = _seen(old, done), _seen(new, done)
-    typed_before, typed_after = (_flatten(dataclasses.asdict(c)) for c in (old, new))
+    typed_before, typed_after = _fields(old), _fields(new)
     for field in after:
         if before[field] != after[field] and field not in (*_FREE, *ignored) and not field.startswith("mesh."):
-            hint = ""
-            if field in ("train.steps", "optimizer.anneal_steps"):
-                hint = " To go on after its end, raise train.steps and optimizer.anneal_steps by the same number."
-            if field.startswith("pool."):
-                hint = f" To change its pools from now on, set pool.start_step to {done} or more."
+            if typed_before[field] == typed_after[field]:  # equal as typed, but not as those steps saw it
+                pair = {"train.steps": "optimizer.anneal_steps", "optimizer.anneal_steps": "train.steps"}
+                field = pair.get(field, "pool.start_step")
             raise UserError(
                 f"{name} was started with {field}={typed_before[field]!r}, now it is {typed_after[field]!r}: "
-                f"the run would no longer be one run. Set it back, or start another --workdir.{hint}"
+                "the run would no longer be one run. Set it back, or start another --workdir."
+                f"{_what_could_be_done(field, old, new, done)}"
             )
+
+
+def _what_could_be_done(field: str, old: Config, new: Config, done: int) -> str:
+    """A sentence for someone who wanted a change that would be allowed in another form; with a space before it."""
+    if field in ("train.steps", "optimizer.anneal_steps"):
+        end = _main_steps(old)
+        if done > end:
+            return (
+                f" Its anneal began at step {end}; to anneal otherwise, set train.continue_from to it, in another "
+                f"--workdir, and train.continue_step to a checkpoint of step {end} or before."
+            )
+        more = new.train.steps - end if new.train.steps > end else new.optimizer.anneal_steps or 1000
+        return (
+            f" To go on after its end with an anneal, as in {more} steps more, set train.steps={end + more} and "
+            f"optimizer.anneal_steps={more}."
+        )
+    if field.startswith("pool.") and done and _unpooled(old, done):
+        return f" Pools that come later are possible: set pool.start_step to {done} or more."
+    return ""
 
 
 def _seen(config: Config, done: int) -> dict[str, Any]:
     """Every field, with those that act only after `done` steps as if they were not set."""
-    fields = _flatten(dataclasses.asdict(config)) | {"data.tokenizer": config.tokenizer()}
-    end = config.train.steps - config.optimizer.anneal_steps
+    fields, end = _fields(config), _main_steps(config)
     if done <= end:
         fields |= {"train.steps": 0 if config.optimizer.schedule == "constant" else end, "optimizer.anneal_steps": 0}
-    if config.pool.kind == "none" or config.pool.start_step >= done > 0:
+    if _unpooled(config, done):
         fields |= {f"pool.{name}": value for name, value in dataclasses.asdict(PoolConfig(kind="none")).items()}
     return fields
+
+
+def _main_steps(config: Config) -> int:
+    """Steps before the anneal."""
+    return config.train.steps - config.optimizer.anneal_steps
+
+
+def _unpooled(config: Config, done: int) -> bool:
+    """Whether none of the first `done` steps, if there are any, has a pool."""
+    return config.pool.kind == "none" or config.pool.start_step >= done > 0
+
+
+def _fields(config: Config) -> dict[str, Any]:
+    """Every field by its dotted name; last the tokenizer in use, which follows from others."""
+    fields = _flatten(dataclasses.asdict(config))
+    del fields["data.tokenizer"]
+    return fields | {"data.tokenizer": config.tokenizer()}
 
 
 def _write_config(file: Path, config: Config) -> None:

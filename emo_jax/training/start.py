@@ -10,24 +10,30 @@ from typing import Any
 
 import jax
 import numpy as np
-from tokenizers import Tokenizer
 
 from emo_jax.config import Config
+from emo_jax.data.tokenizer import load_tokenizer
 from emo_jax.errors import require
 from emo_jax.interop import read_config, read_parameters
 from emo_jax.interop.huggingface import CONFIG_FILE, read_json
 from emo_jax.model import ModelConfig, abstract_parameters
-from emo_jax.training.checkpoints import check_same_run, load_parameters, saved_steps
+from emo_jax.training.checkpoints import check_same_run, load_parameters, same_run, saved_steps
 
 _FREE = ("dtype", "remat", "init_std", "num_experts", "experts_per_layer", "num_kv_heads", "d_dense")
 """Fields of a model in which the origin of its weights may differ, or that are compared once resolved."""
+
+_COPIED = ("metrics.jsonl", "data", "checkpoints")
+"""What a run takes over from the one it continues; the checkpoints last, since without them nothing resumes."""
 
 
 def continue_run(config: Config, run_dir: Path, log: Callable[[str], None]) -> None:
     """Makes `run_dir`, where no run is yet, a copy of `train.continue_from` up to a checkpoint.
 
+    The checkpoint and the log are copied, tokens hard-linked; the source is only read.
+
     Raises:
-      UserError: where the source has no such checkpoint, or did something else than this run would have done.
+      UserError: where the source has no such checkpoint, did something else than this run would have done, keeps its
+        tokens elsewhere, or loses the checkpoint meanwhile.
     """
     source = Path(config.train.continue_from)
     require((source / CONFIG_FILE).is_file(), f"train.continue_from={str(source)!r} is not a run directory.")
@@ -41,20 +47,37 @@ def continue_run(config: Config, run_dir: Path, log: Callable[[str], None]) -> N
     check_same_run(
         old, config, step, str(source), ignored=("train.init_from", "train.continue_from", "train.continue_step")
     )
+    require(
+        config.data.cache_dir == old.data.cache_dir,
+        f"{source} has its tokens in data.cache_dir={old.data.cache_dir!r}, this run asks for "
+        f"{config.data.cache_dir!r}; set the same, so that they are the same tokens.",
+    )
+    incoming = run_dir / ".incoming"  # stays until the config is written: parts beside it are of an interrupted copy
+    for name in _COPIED:
+        require(
+            incoming.exists() or not (run_dir / name).exists(),
+            f"{run_dir} holds {name} but no {CONFIG_FILE}; give an empty --workdir to continue {source}.",
+        )
     log(f"Continuing {source} from its checkpoint of step {step}.")
-    incoming = run_dir / ".incoming"
-    shutil.rmtree(incoming, ignore_errors=True)  # of a copy that was interrupted
-    shutil.copytree(source / "checkpoints" / str(step), incoming / "checkpoints" / str(step))
+    for folder in (run_dir / "checkpoints", run_dir / "data", incoming):  # of a copy that was interrupted
+        shutil.rmtree(folder, ignore_errors=True)
+    try:
+        shutil.copytree(source / "checkpoints" / str(step), incoming / "checkpoints" / str(step))
+    except OSError:
+        require(
+            step in saved_steps(source),
+            f"The checkpoint of step {step} vanished from {source} while it was copied: is that run still training? "
+            "Run the same command again, or stop that run first.",
+        )
+        raise
     if (source / "data").is_dir():
         shutil.copytree(source / "data", incoming / "data", copy_function=_link)
-    shutil.copy2(source / "metrics.jsonl", incoming / "metrics.jsonl")  # the resumed log drops later steps
-    for part in sorted(incoming.iterdir()):
-        require(
-            not (run_dir / part.name).exists(),
-            f"{run_dir} holds {part.name} but no {CONFIG_FILE}; give an empty --workdir to continue {source}.",
-        )
-    for part in sorted(incoming.iterdir()):
-        part.rename(run_dir / part.name)
+    if (source / "metrics.jsonl").is_file():
+        shutil.copy2(source / "metrics.jsonl", incoming / "metrics.jsonl")  # the resumed log drops later steps
+    for name in _COPIED:
+        if (incoming / name).exists():
+            (incoming / name).rename(run_dir / name)
+    same_run(run_dir, config)
     incoming.rmdir()
 
 
@@ -86,21 +109,21 @@ def check_origin(config: Config) -> None:
         require(
             name in ours and ours[name] == value,
             f"train.init_from={str(folder)!r} holds a model with {name}={value!r}, this run's model has "
-            f"{ours.get(name)!r}: set --config.model.{name}={value!r}.",
+            f"{ours.get(name, config.model.layer_experts)!r}: set --config.model.{name}={value!r}.",
         )
 
-    tokenizer, given = folder / "tokenizer.json", Path(config.data.tokenizer)
-    if not config.data.tokenizer:
+    theirs_file = folder / "tokenizer.json"
+    require(
+        bool(config.data.tokenizer) or theirs_file.is_file(),
+        f"train.init_from={str(folder)!r} has no tokenizer.json; name the one its weights were trained with: "
+        "--config.data.tokenizer=FILE.",
+    )
+    used = load_tokenizer(config.tokenizer(), config.data.end_of_text, config.model.vocab_size)
+    if config.data.tokenizer and theirs_file.is_file():
         require(
-            tokenizer.is_file(),
-            f"train.init_from={str(folder)!r} has no tokenizer.json; name the one its weights were trained with: "
-            "--config.data.tokenizer=FILE.",
-        )
-    elif tokenizer.is_file() and given.is_file():
-        require(
-            Tokenizer.from_file(str(tokenizer)).get_vocab() == Tokenizer.from_file(str(given)).get_vocab(),
-            f"data.tokenizer={str(given)!r} has another vocabulary than {str(tokenizer)!r}, which the weights of "
-            "train.init_from were trained with; leave data.tokenizer empty.",
+            used.get_vocab() == load_tokenizer(theirs_file, "", config.model.vocab_size).get_vocab(),
+            f"data.tokenizer={config.data.tokenizer!r} has another vocabulary than {str(theirs_file)!r}, which the "
+            "weights of train.init_from were trained with; leave data.tokenizer empty.",
         )
 
 
@@ -109,7 +132,9 @@ def _resolved(model: ModelConfig) -> dict[str, Any]:
     fields = {name: value for name, value in dataclasses.asdict(model).items() if name not in _FREE}
     unused = () if model.routed_experts else ("num_shared_experts", "top_k", "d_expert", "normalize_top_k")
     fields = {name: value for name, value in fields.items() if name not in unused}
-    fields |= {"experts_per_layer": model.layer_experts, "num_kv_heads": model.kv_heads}
+    equal = len(set(model.layer_experts)) == 1
+    fields |= {"num_experts": model.layer_experts[0]} if equal else {"experts_per_layer": model.layer_experts}
+    fields |= {"num_kv_heads": model.kv_heads}
     return fields | ({"d_dense": model.d_dense} if 0 in model.layer_experts else {})
 
 

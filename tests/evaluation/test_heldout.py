@@ -66,13 +66,14 @@ def logits():
 
 
 def by_domain(logits_BSV, batch):
-    """Sum of losses and number of predicted tokens of each domain, a token at a time."""
-    sums = {name: [0.0, 0] for name in DOMAINS}
+    """Sum of losses, number of predicted tokens and of hits among them of each domain, a token at a time."""
+    sums = {name: [0.0, 0, 0] for name in DOMAINS}
     for b, s in np.argwhere(batch["loss_mask"]):
         name = DOMAINS[batch["document_domains"][b, batch["document_ids"][b, s] - 1]]
         z_V = np.asarray(logits_BSV[b, s])
         sums[name][0] += oracle.logsumexp(z_V) - z_V[batch["targets"][b, s]]
         sums[name][1] += 1
+        sums[name][2] += z_V.argmax() == batch["targets"][b, s]
     return sums
 
 
@@ -82,19 +83,22 @@ def test_losses_are_the_means_of_each_domain_over_all_batches(params, logits):
     parts = [by_domain(logits(params, batch, None), batch) for batch in batches]
     total = np.sum([[part[name] for name in DOMAINS] for part in parts], axis=0)
     assert set(found.domains) == {"code", "prose", "verse"}
-    for name, (loss, tokens) in zip(DOMAINS, total, strict=True):
+    assert total[:, 2].sum() > 0
+    for name, (loss, tokens, hits) in zip(DOMAINS, total, strict=True):
         if tokens:
-            assert found.domains[name][1] == tokens
-            np.testing.assert_allclose(found.domains[name][0], loss / tokens, rtol=1e-10)
-    assert found.tokens == total[:, 1].sum() == 2 * tiny.batch()["loss_mask"].sum()
-    np.testing.assert_allclose(found.loss, total[:, 0].sum() / total[:, 1].sum(), rtol=1e-10)
+            assert found.domains[name].tokens == tokens
+            np.testing.assert_allclose(found.domains[name].loss, loss / tokens, rtol=1e-10)
+            np.testing.assert_allclose(found.domains[name].accuracy, hits / tokens, rtol=1e-10)
+    assert found.all.tokens == total[:, 1].sum() == 2 * tiny.batch()["loss_mask"].sum()
+    np.testing.assert_allclose(found.all.loss, total[:, 0].sum() / total[:, 1].sum(), rtol=1e-10)
+    np.testing.assert_allclose(found.all.accuracy, total[:, 2].sum() / total[:, 1].sum(), rtol=1e-10)
 
 
 def test_a_document_pool_would_change_the_loss_and_is_not_used(params, logits):
     """Held-out losses are likelihoods: those of the same weights as a standard mixture, which has no pool."""
     batch = heldout_batch(0)
     free, pooled = (by_domain(logits(params, batch, size), batch) for size in (None, 2))
-    found = evaluate()(params, [batch]).domains["code"][0]
+    found = evaluate()(params, [batch]).domains["code"].loss
     np.testing.assert_allclose(found, free["code"][0] / free["code"][1], rtol=1e-10)
     assert abs(pooled["code"][0] - free["code"][0]) > 1e-3 * free["code"][1]
 
@@ -110,17 +114,15 @@ def test_padding_and_rows_of_padding_change_nothing(params):
 
 def test_four_devices_find_the_same_losses(params):
     ours, wanted = (evaluate(devices)(params, [heldout_batch(0)]) for devices in (4, 1))
-    np.testing.assert_allclose(ours.loss, wanted.loss, rtol=1e-12)
-    assert {name: tokens for name, (_, tokens) in ours.domains.items()} == {
-        name: tokens for name, (_, tokens) in wanted.domains.items()
-    }
-    for name, (loss, _) in wanted.domains.items():
-        np.testing.assert_allclose(ours.domains[name][0], loss, rtol=1e-12)
+    np.testing.assert_allclose(ours.all, wanted.all, rtol=1e-12)
+    assert ours.domains.keys() == wanted.domains.keys()
+    for name, loss in wanted.domains.items():
+        np.testing.assert_allclose(ours.domains[name], loss, rtol=1e-12)
 
 
-def test_json_has_the_loss_and_tokens_of_each_domain(params):
+def test_json_has_the_loss_accuracy_and_tokens_of_each_domain(params):
     found = evaluate()(params, [heldout_batch(0)])
     record = found.to_json()
-    assert (record["loss"], record["tokens"]) == (found.loss, found.tokens)
-    assert record["domains"]["code"] == dict(zip(("loss", "tokens"), found.domains["code"], strict=True))
+    assert (record["loss"], record["accuracy"], record["tokens"]) == found.all
+    assert tuple(record["domains"]["code"].values()) == found.domains["code"]
     assert sum(part["tokens"] for part in record["domains"].values()) == record["tokens"]

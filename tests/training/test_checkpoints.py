@@ -7,12 +7,15 @@ import grain
 import jax
 import numpy as np
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
 from emo_jax.errors import UserError
 from emo_jax.parallel import put_rows
-from emo_jax.training.checkpoints import Checkpoints, checksums, load_parameters, same_run
+from emo_jax.training.checkpoints import Checkpoints, check_same_run, checksums, load_parameters, same_run
 from emo_jax.training.step import init_state, make_train_step
 from tests.training import tiny
+from tests.training.test_optimizer import formula
 
 RUN = {"model": {"dtype": "float32"}}
 
@@ -141,7 +144,7 @@ def test_a_changed_field_is_refused_with_both_values_and_a_free_one_kept(tmp_pat
     same_run(tmp_path, tiny.config(**RUN))
     same_run(tmp_path, tiny.config(**RUN, mesh={"data": -1}))
     assert json.loads((tmp_path / "config.json").read_text())["mesh"]["data"] == -1
-    with pytest.raises(UserError, match=r"pool.max=8, now it is 7"):
+    with pytest.raises(UserError, match=r"pool\.max=8, now it is 7"):
         same_run(tmp_path, tiny.config(**RUN, pool={"max": 7}))
 
 
@@ -153,3 +156,72 @@ def test_a_run_from_before_a_field_existed_goes_on_with_its_default(tmp_path):
     same_run(tmp_path, run)
     with pytest.raises(UserError, match=r"data\.packing='concatenate', now it is 'best_fit'"):
         same_run(tmp_path, tiny.config(**RUN, data={"packing": "best_fit"}))
+
+
+def allowed(old, new, done):
+    try:
+        check_same_run(old, new, done, "the run")
+    except UserError:
+        return False
+    return True
+
+
+LENGTHS = st.tuples(st.integers(1, 12), st.integers(0, 6)).filter(lambda pair: pair[1] < pair[0])
+
+
+@given(st.sampled_from(["cosine", "linear", "constant"]), LENGTHS, LENGTHS, st.integers(1, 12))
+def test_a_run_may_change_its_length_exactly_where_no_learning_rate_of_the_past_changes(schedule, first, second, done):
+    assume(done <= first[0] and first != second)
+    runs = [
+        tiny.config(train={"steps": steps}, optimizer={"schedule": schedule, "anneal_steps": anneal})
+        for steps, anneal in (first, second)
+    ]
+    if done > second[0]:  # it would have to forget steps
+        assert not allowed(*runs, done)
+        return
+    rates = [[formula(schedule, s, steps, 0, anneal) for s in range(done)] for steps, anneal in (first, second)]
+    if allowed(*runs, done):
+        assert rates[0] == rates[1]
+    elif done > 2 and schedule != "constant":  # two steps are too few to tell all schedules apart
+        assert not np.allclose(*rates, rtol=1e-9)
+
+
+@given(st.integers(1, 12), *[st.tuples(st.sampled_from(["none", "document", "random"]), st.integers(0, 14))] * 2)
+def test_a_run_may_change_its_pools_exactly_where_no_step_of_the_past_has_one(done, first, second):
+    runs = [tiny.config(pool={"kind": kind, "start_step": start}) for kind, start in (first, second)]
+    unpooled = [kind == "none" or start >= done for kind, start in (first, second)]
+    assert allowed(*runs, done) == (first == second or all(unpooled))
+
+
+@pytest.mark.parametrize(
+    "old, new, done, words",
+    [
+        ((8, 0), (12, 0), 8, "train.steps=8, now it is 12.*set train.steps=12 and optimizer.anneal_steps=4"),
+        ((8, 0), (8, 3), 8, "optimizer.anneal_steps=0, now it is 3.*set train.steps=11 and optimizer.anneal_steps=3"),
+        ((12, 4), (14, 4), 10, "train.steps=12, now it is 14.*Its anneal began at step 8.*continue_step"),
+    ],
+)
+def test_the_refusal_of_a_length_says_what_would_work(old, new, done, words):
+    runs = [tiny.config(train={"steps": s}, optimizer={"schedule": "cosine", "anneal_steps": a}) for s, a in (old, new)]
+    with pytest.raises(UserError, match=words):
+        check_same_run(*runs, done, "the run")
+
+
+def test_pools_that_have_begun_cannot_change_and_no_hint_says_otherwise():
+    for change, words in (
+        ({"max": 7}, "pool.max=8, now it is 7"),
+        ({"start_step": 20}, "pool.start_step=0, now it is"),
+    ):
+        with pytest.raises(UserError, match=words) as refused:
+            check_same_run(tiny.config(), tiny.config(pool=change), 20, "the run")
+        assert "Pools that come later" not in str(refused.value)
+    with pytest.raises(UserError, match=r"pool.start_step=30, now it is 10.*set pool.start_step to 20 or more"):
+        check_same_run(*(tiny.config(pool={"start_step": start}) for start in (30, 10)), 20, "the run")
+
+
+def test_a_dropped_origin_is_named_before_the_tokenizer_that_came_with_it():
+    old = tiny.config(train={"init_from": "weights"})
+    with pytest.raises(UserError, match=r"train\.init_from='weights', now it is ''"):
+        check_same_run(old, tiny.config(), 5, "the run")
+    with pytest.raises(UserError, match=r"data\.tokenizer='weights/tokenizer\.json', now it is ''"):
+        check_same_run(old, tiny.config(), 5, "the run", ignored=("train.init_from",))

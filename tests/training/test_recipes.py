@@ -16,11 +16,24 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
 import emo_jax
-from emo_jax.config import BalanceConfig, Config, DataConfig, ModelConfig, OptimizerConfig, PoolConfig, TrainConfig
+from emo_jax.config import (
+    BalanceConfig,
+    Config,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PoolConfig,
+    TrainConfig,
+)
 from emo_jax.errors import UserError
 from emo_jax.model.routing import draw_pools
+from emo_jax.parallel import make_mesh
 from emo_jax.training import train
-from emo_jax.training.checkpoints import load_parameters
+from emo_jax.training.checkpoints import check_same_run, load_parameters
+from emo_jax.training.optimizer import learning_rate
+from emo_jax.training.start import continue_run
+from emo_jax.training.step import abstract_state
 from tests.interop.goldens import GOLDEN, needs_golden, relative
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -114,10 +127,39 @@ def test_an_earlier_checkpoint_gives_the_run_that_was_not_changed(standard, corp
     equal(load_parameters(tmp_path)[1], load_parameters(standard)[1])
 
 
+def test_a_copy_that_was_interrupted_is_made_again_and_a_strange_folder_is_left_alone(standard, corpus, tmp_path):
+    run = config(corpus, continue_from=str(standard))
+    (tmp_path / "checkpoints" / "8").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "8" / "half").touch()
+    with pytest.raises(UserError, match=r"holds checkpoints but no config\.json; give an empty --workdir"):
+        train(run, tmp_path, log=lambda text: None)
+    assert (tmp_path / "checkpoints" / "8" / "half").exists()
+    (tmp_path / ".incoming" / "data").mkdir(parents=True)  # what a copy leaves until it is complete
+    continue_run(run, tmp_path, log=lambda text: None)
+    assert not (tmp_path / ".incoming").exists() and not (tmp_path / "checkpoints" / "8" / "half").exists()
+    assert Config.from_json((tmp_path / "config.json").read_text()) == run
+    equal(load_parameters(tmp_path)[1], load_parameters(standard)[1])
+    for file in (standard / "data").rglob("*"):
+        assert (tmp_path / "data" / file.relative_to(standard / "data")).samefile(file)
+
+
+def test_a_run_that_continues_another_reads_the_same_tokens(standard, corpus, tmp_path):
+    run = config(corpus, continue_from=str(standard))
+    run.data.cache_dir = str(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"has its tokens in data\.cache_dir='', this run asks for"):
+        train(run, tmp_path / "run", log=lambda text: None)
+    run = config(corpus, continue_from=str(standard), continue_step=5)
+    with pytest.raises(UserError, match=r"has no checkpoint of step 5; it has \[4, 8\]"):
+        train(run, tmp_path / "run", log=lambda text: None)
+    run = config(corpus, continue_from=str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match="is not a run directory"):
+        train(run, tmp_path / "run", log=lambda text: None)
+
+
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"train.steps": 12}, "raise train.steps and optimizer.anneal_steps by the same number"),
+        ({"train.steps": 12}, "set train.steps=12 and optimizer.anneal_steps=4"),
         ({"pool.kind": "document", "pool.start_step": 7}, "set pool.start_step to 8 or more"),
         ({"optimizer.learning_rate": 1e-3}, "optimizer.learning_rate=0.01, now it is 0.001"),
         ({"data.batch_size": 8}, "data.batch_size=4, now it is 8"),
@@ -137,12 +179,17 @@ def test_what_would_change_steps_already_done_is_refused(standard, corpus, tmp_p
 
 def test_a_run_starts_from_a_runs_weights_and_tokenizer_with_everything_else_fresh(standard, corpus, tmp_path):
     shutil.copytree(standard, tmp_path / "origin")
-    run = config(corpus, init_from=str(tmp_path / "origin"), steps=3)
-    run.optimizer.learning_rate, run.optimizer.weight_decay = 1e-12, 0.0
+    run = config(corpus, pool="document", init_from=str(tmp_path / "origin"), steps=3)
+    run.optimizer.learning_rate, run.optimizer.weight_decay, run.pool.narrowing_steps = 1e-12, 0.0, 2
     train(run, tmp_path / "run", log=lambda text: None)
     first = lines(tmp_path / "run")[0]
     assert first["step"] == 1 and first["learning_rate"] == 0
     assert first["cross_entropy"] < lines(standard)[0]["cross_entropy"] - 0.05  # it has learnt something already
+    largest, smallest = (
+        [line["routing"][f"pool_size_{end}"][0] for line in lines(tmp_path / "run")] for end in ("max", "min")
+    )
+    assert largest[0] == smallest[0] == 7 and 4 <= smallest[1] <= largest[1] <= 6  # halfway from 7 to 2..4
+    assert 2 <= smallest[2] <= largest[2] <= 4
     leaves = (jax.tree.leaves(load_parameters(folder)[1]) for folder in (tmp_path / "run", standard))
     for ours, wanted in zip(*leaves, strict=True):
         np.testing.assert_allclose(ours, wanted, atol=1e-9)
@@ -178,7 +225,12 @@ def test_a_run_starts_from_released_weights(corpus, tmp_path):
             {"model.d_expert": 16},
             "a model with d_expert=8, this run's model has 16: set --config.model.d_expert=8",
         ),
-        ({"model.num_experts": 6}, "holds a model with experts_per_layer=(8,), this run's model has (6,)"),
+        (
+            {"model.num_experts": 6},
+            "holds a model with num_experts=8, this run's model has 6: set --config.model.num_experts=8",
+        ),
+        ({"model.experts_per_layer": (6,)}, "num_experts=8, this run's model has 6"),
+        ({"data.end_of_text": "<|end|>"}, "data.end_of_text='<|end|>' is not a token of"),
         ({"model.rope_theta": 1e4}, "rope_theta=500000.0"),
         ({"train.init_from": "nowhere"}, "train.init_from='nowhere' has no config.json"),
     ],
@@ -226,25 +278,50 @@ def test_a_narrowing_range_goes_linearly_from_all_experts_to_its_ends():
         np.testing.assert_array_equal(ours, getattr(draw_pools(plain, 0, np.int32(500), **shape), name))
 
 
-def documented():
+def documented() -> list:
     """(config file, overrides) of every recipe in the docstrings of configs/."""
+    found = []
     for path in sorted(CONFIGS.glob("*.py")):
         text = path.read_text().split('"""')[1]
         for line in re.sub(r"\\+\n", " ", text).splitlines():
             overrides = re.findall(r"--config\.(\S+?)=(\S+)", line)
             if overrides:
-                yield pytest.param(path, overrides, id=f"{path.stem}: {' '.join('='.join(o) for o in overrides)[:60]}")
+                found.append((path, overrides))
+    return found
 
 
-@pytest.mark.parametrize("path, overrides", list(documented()))
-def test_documented_overrides_make_a_valid_run(path, overrides):
+def named(recipes):
+    return [pytest.param(p, o, id=f"{p.stem}: {' '.join('='.join(pair) for pair in o)[:60]}") for p, o in recipes]
+
+
+def typed(path, overrides) -> Config:
+    """The config as the command line makes it."""
     values = flags.FlagValues()
-    typed = ["test", f"--config={path}", *(f"--config.{name}={value}" for name, value in overrides)]
-    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=typed)
-    values(typed)
+    arguments = ["test", f"--config={path}", *(f"--config.{name}={value}" for name, value in overrides)]
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=arguments)
+    values(arguments)
     made = values.config
     made.data.path = made.data.path or "unused"
-    made.validate()
+    return made
+
+
+@pytest.mark.parametrize("path, overrides", named(documented()))
+def test_documented_overrides_make_a_valid_run(path, overrides):
+    typed(path, overrides).validate()
+
+
+@pytest.mark.parametrize("path, overrides", named(r for r in documented() if "anneal_steps" in str(r[1])))
+def test_a_documented_anneal_goes_on_from_the_released_run_with_the_same_state(path, overrides):
+    released, annealed = typed(path, []), typed(path, overrides)
+    check_same_run(released, annealed, 238_419, "the released run", ignored=("train.continue_from",))
+    mesh = make_mesh(MeshConfig(), released.data.batch_size, jax.devices()[:1])
+    states = [abstract_state(run, mesh) for run in (released, annealed)]
+    assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])
+    assert jax.tree.leaves(states[0]) == jax.tree.leaves(states[1])
+    rate = learning_rate(annealed.optimizer, annealed.train.steps)
+    before = 4e-4 + 3.6e-3 * (1 + np.cos(np.pi * (238_418 - 2000) / (238_419 - 2000))) / 2
+    for step, wanted in ((238_418, before), (238_419, 4e-4), (250_338, 4e-4 / 11_920)):
+        np.testing.assert_allclose(float(rate(step)), wanted, rtol=1e-5, atol=1e-7 * 4e-4, err_msg=str(step))  # float32
 
 
 def test_every_config_is_documented_with_its_command():
