@@ -292,8 +292,9 @@ def _what_could_be_done(field: str, old: Config, new: Config, done: int) -> str:
 def _seen(config: Config, done: int) -> dict[str, Any]:
     """Every field, with those that act only after `done` steps as if they were not set."""
     fields, end = _fields(config), _main_steps(config)
-    if done <= end:
-        fields |= {"train.steps": 0 if config.optimizer.schedule == "constant" else end, "optimizer.anneal_steps": 0}
+    if done <= end + (config.optimizer.anneal_steps > 0):  # an anneal's first step has the rate it starts from
+        length = 0 if config.optimizer.schedule == "constant" else end
+        fields |= {"train.steps": length, "optimizer.anneal_steps": -1}  # −1: still open, unlike any real length
     if _unpooled(config, done):
         fields |= {f"pool.{name}": value for name, value in dataclasses.asdict(PoolConfig(kind="none")).items()}
     return fields
