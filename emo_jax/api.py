@@ -11,12 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
+from tokenizers import Tokenizer
 
 from emo_jax.errors import UserError, require
 from emo_jax.interop import read_config, read_parameters
 from emo_jax.interop.huggingface import CONFIG_FILE, read_json
-from emo_jax.model import ModelConfig, bind
+from emo_jax.model import Kept, ModelConfig, bind
 from emo_jax.model.functional import Parameters
+from emo_jax.modularity import Subset, cut, fingerprint, kept_masks
 
 
 class Model:
@@ -25,12 +27,45 @@ class Model:
     Attributes:
       config: of the model.
       params: nested dict of arrays, such as `params["layers"]["00"]["moe"]["router"]`.
+      tokenizer: path of its `tokenizer.json`; None where it came without one.
+      end_of_text_id: the token that ends a document; −1 where none is known.
+      subset: the experts it is confined to, see `apply_subset`; None: all.
     """
 
-    def __init__(self, config: ModelConfig, params: Parameters):
+    def __init__(
+        self, config: ModelConfig, params: Parameters, tokenizer: Path | None = None, end_of_text_id: int = -1
+    ):
         self.config = copy.deepcopy(config)
         self.params = jax.tree.map(jnp.asarray, params)  # to the device once, not at every call
+        self.tokenizer, self.end_of_text_id = tokenizer, end_of_text_id
+        self.subset: Subset | None = None
+        self._kept: list[Kept] | None = None
         self._forward = jax.jit(functools.partial(_logits, self.config))
+
+    def apply_subset(self, subset: Subset | None, *, renormalized: bool = True) -> "Model":
+        """This model confined to a subset of its experts, as a mask: free, and None takes it off again.
+
+        Args:
+          subset: of this model.
+          renormalized: weights are the softmax over the kept experts; False: the whole router's probabilities.
+
+        Raises:
+          UserError: where the subset is another model's or keeps too few experts.
+        """
+        model = copy.copy(self)
+        model.subset, model._kept = subset, None
+        if subset is not None:
+            subset.check(self.config, fingerprint(self.config, self.params))
+            model._kept = kept_masks(self.config, subset, renormalized=renormalized)
+        return model
+
+    def cut(self, subset: Subset) -> "Model":
+        """A smaller model that holds the subset's experts alone.
+
+        Raises:
+          UserError: as `apply_subset`.
+        """
+        return Model(*cut(self.config, self.params, subset), self.tokenizer, self.end_of_text_id)
 
     def __call__(self, tokens: ArrayLike, document_ids: ArrayLike | None = None) -> jax.Array:
         """Next-token logits [B, S, V], float32 (or wider), without a document pool; compiled once a shape.
@@ -58,7 +93,7 @@ class Model:
                 f"document_ids has shape {list(ids_BS.shape)}, tokens {list(tokens_BS.shape)}; they must be equal.",
             )
             _check_documents(ids_BS)
-        return self._forward(self.params, tokens_BS, ids_BS)
+        return self._forward(self.params, tokens_BS, ids_BS, self._kept)
 
 
 def load(path: str | Path) -> Model:
@@ -79,20 +114,27 @@ def load(path: str | Path) -> Model:
     require(path.is_dir(), f"{path} is not a folder; looked for {looked_for}.")
     require((path / CONFIG_FILE).is_file(), f"{path} has no {CONFIG_FILE}; looked for {looked_for}.")
     values = read_json(path / CONFIG_FILE)
+    tokenizer = path / "tokenizer.json" if (path / "tokenizer.json").is_file() else None
     if "model_type" in values:
         config = read_config(path)
-        return Model(config, read_parameters(path, config))
+        end = values.get("eos_token_id")
+        return Model(config, read_parameters(path, config), tokenizer, end if isinstance(end, int) else -1)
     if "model" in values:
         from emo_jax.training import checkpoints  # here, because Orbax takes seconds to import
 
         run, params, _ = checkpoints.load_parameters(path)
-        return Model(run.model, params)
+        end = None
+        if tokenizer and run.data.end_of_text:
+            end = Tokenizer.from_file(str(tokenizer)).token_to_id(run.data.end_of_text)
+        return Model(run.model, params, tokenizer, -1 if end is None else end)
     raise UserError(f"{path / CONFIG_FILE} has neither 'model_type' nor 'model'; looked for {looked_for}.")
 
 
-def _logits(config: ModelConfig, params: Parameters, tokens_BS: jax.Array, ids_BS: jax.Array) -> jax.Array:
+def _logits(
+    config: ModelConfig, params: Parameters, tokens_BS: jax.Array, ids_BS: jax.Array, kept: list[Kept] | None
+) -> jax.Array:
     model = bind(config, params)
-    hidden_BSD, _ = model(tokens_BS, ids_BS, _positions(ids_BS))
+    hidden_BSD, _ = model(tokens_BS, ids_BS, _positions(ids_BS), kept=kept)
     return model.logits(hidden_BSD)
 
 

@@ -2,6 +2,7 @@
 
 from emo_jax.data.config import DataConfig
 from emo_jax.data.documents import Document, is_heldout
+from emo_jax.data.examples import Example, example_batches, read_examples
 from emo_jax.data.packing import Rows, is_repetitive, pack_rows, padding_share, row, row_domains
 from emo_jax.data.pipeline import domain_batches, heldout_batches, train_batches
 from emo_jax.data.sources import read_documents
@@ -11,12 +12,14 @@ from emo_jax.data.tokenizer import encode, load_tokenizer, train_tokenizer
 __all__ = [
     "DataConfig",
     "Document",
+    "Example",
     "Rows",
     "Split",
     "TokenStore",
     "build_store",
     "domain_batches",
     "encode",
+    "example_batches",
     "heldout_batches",
     "is_heldout",
     "is_repetitive",
@@ -26,6 +29,7 @@ __all__ = [
     "padding_share",
     "prepare_store",
     "read_documents",
+    "read_examples",
     "row",
     "row_domains",
     "train_batches",

@@ -55,11 +55,25 @@ def jsonl_documents(path: str, text_field: str = "text") -> Iterator[Document]:
     Raises:
       UserError: naming file and line of what is not JSON, not UTF-8, or lacks a text.
     """
+    for value, where in json_objects(path, text_field):
+        document = _document(value, where, text_field)
+        if document.text.strip():
+            yield document
+
+
+def json_objects(path: str, field: str = "text") -> Iterator[tuple[dict[str, Any], str]]:
+    """Yields each line's object and where it stands (file and number), in the files that `jsonl_documents` reads.
+
+    Args:
+      path: as there.
+      field: named in the error about a line that is no object.
+
+    Raises:
+      UserError: naming file and line of what is not UTF-8 or no JSON object.
+    """
     for file, _ in _find(path, _JSONL):
         for number, line in _lines(file):
-            document = _parse(line, f"{file}:{number}", text_field)
-            if document.text.strip():
-                yield document
+            yield _parse(line, f"{file}:{number}", field), f"{file}:{number}"
 
 
 def tfds_documents(path: str, text_field: str = "text") -> Iterator[Document]:
@@ -170,7 +184,7 @@ def _zstandard_lines(file: pathlib.Path, mode: str) -> Generator[bytes]:
     yield line
 
 
-def _parse(line: bytes, where: str, text_field: str) -> Document:
+def _parse(line: bytes, where: str, text_field: str) -> dict[str, Any]:
     try:
         value = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -178,7 +192,7 @@ def _parse(line: bytes, where: str, text_field: str) -> Document:
     except json.JSONDecodeError as error:
         raise UserError(f"{where} is not JSON ({error}); every line must be one whole object.") from error
     require(isinstance(value, dict), f"{where} is not a JSON object; every line needs one with a {text_field!r} field.")
-    return _document(value, where, text_field)
+    return value
 
 
 def _document(value: Any, where: str, text_field: str) -> Document:

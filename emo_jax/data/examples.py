@@ -1,0 +1,116 @@
+"""Texts of a task in batches: whole documents, or prompts with the answers that are asked for.
+
+Letters: B rows, S sequence.
+"""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from emo_jax.data.packing import pack_rows, row
+from emo_jax.data.sources import json_objects
+from emo_jax.data.store import Split
+from emo_jax.data.tokenizer import encode
+from emo_jax.errors import UserError, require
+
+Batch = dict[str, np.ndarray]
+
+
+class Example(NamedTuple):
+    """A text of a task.
+
+    Attributes:
+      prompt: what is given; empty for a document.
+      answer: what is asked for.
+      domain: "" for none.
+    """
+
+    prompt: str
+    answer: str
+    domain: str = ""
+
+
+def read_examples(path: str, *, domain: str = "", documents: int = 0) -> list[Example]:
+    """JSON lines with `text`, or with `prompt` and `answer`, and an optional `domain`.
+
+    Args:
+      path: file, folder or glob, each file plain, `.gz` or `.zst`.
+      domain: only examples of it; empty: all.
+      documents: the first so many; 0: all.
+
+    Raises:
+      UserError: where a line holds neither, or nothing is left.
+    """
+    examples: list[Example] = []
+    found: set[str] = set()
+    for value, where in json_objects(path):
+        own = value.get("domain", "")
+        found.add(own)
+        if domain and own != domain:
+            continue
+        fields = [value.get(name) for name in ("prompt", "answer", "text")]
+        if isinstance(fields[0], str) and isinstance(fields[1], str):
+            examples.append(Example(fields[0], fields[1], own))
+        elif isinstance(fields[2], str):
+            if fields[2].strip():
+                examples.append(Example("", fields[2], own))
+        else:
+            raise UserError(
+                f"{where} has neither a text nor a prompt with an answer; its fields are {', '.join(value)}."
+            )
+        if documents and len(examples) == documents:
+            break
+    known = f"; its domains are {', '.join(sorted(map(repr, found)))}" if domain else ""
+    require(bool(examples), f"{path} holds no examples{f' of domain {domain!r}' if domain else ''}{known}.")
+    return examples
+
+
+def example_batches(
+    examples: Iterable[Example],
+    tokenizer: Tokenizer,
+    end_of_text_id: int,
+    *,
+    sequence_length: int,
+    batch_size: int,
+    max_documents: int = 64,
+) -> list[Batch]:
+    """Examples in rows, whole where they fit, by the batch contract of `emo_jax.data`.
+
+    Args:
+      examples: prompts and answers are tokenized apart; the end token belongs to the answer.
+      tokenizer: of the model.
+      end_of_text_id: −1 for none.
+      sequence_length: S; longer examples are cut every S tokens.
+      batch_size: B; the last batch is filled up with rows of padding.
+      max_documents: most examples in a row.
+
+    Returns:
+      Batches with `asked`, bool [B, S], beside: the tokens of answers; `loss_mask` is true where the target is one.
+    """
+    examples = list(examples)
+    prompts = encode(tokenizer, [example.prompt for example in examples])
+    answers = encode(tokenizer, [example.answer for example in examples])
+    ends = [end_of_text_id] if end_of_text_id >= 0 else []
+    pieces = [(prompt, [*answer, *ends]) for prompt, answer in zip(prompts, answers, strict=True)]
+    pieces = [(prompt, answer) for prompt, answer in pieces if prompt or answer]
+    tokens = np.array([token for pair in pieces for part in pair for token in part], np.int32)
+    asked = np.array([place == 1 for pair in pieces for place, part in enumerate(pair) for _ in part], np.int32)
+    offsets = np.cumsum([0, *(len(prompt) + len(answer) for prompt, answer in pieces)])
+    domains = np.zeros(len(pieces), np.int32)
+    split, marks = Split(tokens, offsets, domains), Split(asked, offsets, domains)
+    rows = pack_rows(offsets, sequence_length, max_documents, "best_fit")
+    empty = np.zeros((0, 2), np.int64)
+    batches = []
+    for first in range(0, len(rows), batch_size):
+        made = []
+        for r in range(first, first + batch_size):
+            spans = rows[r] if r < len(rows) else empty
+            values = row(split, spans, sequence_length)
+            marked = row(marks, spans, sequence_length)
+            values["asked"] = marked["tokens"] > 0
+            values["loss_mask"] &= marked["targets"] > 0
+            made.append(values)
+        batches.append({name: np.stack([values[name] for values in made]) for name in made[0]})
+    return batches
