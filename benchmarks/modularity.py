@@ -51,7 +51,9 @@ SEARCH: dict[str, dict[str, Any]] = {
     "emo, balance 0.01": {"balance.weight": 0.01},
     "emo, narrowing for half": {"pool.narrowing_steps": 500},
     "emo, pools from half on": {"pool.start_step": 500},
+    "emo, pools 8 to 32, balance 0.01": {"pool.min": 8, "balance.weight": 0.01},
 }
+"""Looking for a full model closer to the standard mixture's at the same retention."""
 
 
 def base(corpus: Path, out: Path, steps: int, seed: int) -> Config:
@@ -268,13 +270,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/modularity"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=1000, help="of 4096 tokens")
-    parser.add_argument("--search", action="store_true", help="one seed of the search arms as well")
+    parser.add_argument("--search", action="store_true", help="the search arms as well")
     args = parser.parse_args()
     from emo_jax.training import train
 
     results: dict[str, list[dict[str, Any]]] = {}
     plan = [(name, seed) for seed in range(args.seeds) for name in ARMS]
-    plan += [(name, 0) for name in SEARCH] if args.search else []
+    plan += [(name, seed) for seed in range(args.seeds) for name in SEARCH] if args.search else []
     for name, seed in plan:
         config = configure((ARMS | SEARCH)[name], args.corpus, args.out, args.steps, seed)
         folder = args.out / f"{name.replace(', ', '-').replace(' ', '_')}-{seed}"
