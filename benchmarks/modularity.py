@@ -49,11 +49,14 @@ SEARCH: dict[str, dict[str, Any]] = {
     "emo, pools 8 to 32": {"pool.min": 8},
     "emo, pools 3 to 16": {"pool.max": 16},
     "emo, balance 0.01": {"balance.weight": 0.01},
-    "emo, narrowing for half": {"pool.narrowing_steps": 500},
-    "emo, pools from half on": {"pool.start_step": 500},
+    "emo, narrowing for half": {"pool.narrowing_steps": 0.5},
+    "emo, pools from half on": {"pool.start_step": 0.5},
+    "emo, a quarter of documents without pools": {"pool.whole_fraction": 0.25},
+    "emo, pools 8 to 32, balance 0.03": {"pool.min": 8, "balance.weight": 0.03},
     "emo, pools 8 to 32, balance 0.01": {"pool.min": 8, "balance.weight": 0.01},
+    "emo, half without pools, balance 0.01": {"pool.whole_fraction": 0.5, "balance.weight": 0.01},
 }
-"""Looking for a full model closer to the standard mixture's at the same retention."""
+"""Looking for a full model closer to the standard mixture's at the same retention; steps as a share of all."""
 
 
 def base(corpus: Path, out: Path, steps: int, seed: int) -> Config:
@@ -92,6 +95,7 @@ def configure(arm: dict[str, Any], corpus: Path, out: Path, steps: int, seed: in
     config = base(corpus, out, steps, seed)
     for name, value in arm.items():
         section, field = name.split(".")
+        value = round(value * steps) if field.endswith("_step") or field.endswith("_steps") else value
         setattr(config, section, dataclasses.replace(getattr(config, section), **{field: value}))
     return config
 

@@ -2,7 +2,7 @@
 
 from emo_jax.data.config import DataConfig
 from emo_jax.data.documents import Document, is_heldout
-from emo_jax.data.examples import Example, example_batches, read_examples
+from emo_jax.data.examples import Example, example_batches, examples_by_domain, read_examples
 from emo_jax.data.packing import Rows, is_repetitive, pack_rows, padding_share, row, row_domains
 from emo_jax.data.pipeline import domain_batches, heldout_batches, train_batches
 from emo_jax.data.sources import read_documents
@@ -20,6 +20,7 @@ __all__ = [
     "domain_batches",
     "encode",
     "example_batches",
+    "examples_by_domain",
     "heldout_batches",
     "is_heldout",
     "is_repetitive",

@@ -4,6 +4,7 @@ Letters: B rows, S sequence.
 """
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -114,3 +115,29 @@ def example_batches(
             made.append(values)
         batches.append({name: np.stack([values[name] for values in made]) for name in made[0]})
     return batches
+
+
+def examples_by_domain(
+    path: str, tokenizer: Path, end_of_text_id: int, *, documents: int = 0, sequence_length: int, batch_size: int
+) -> tuple[dict[str, list[Batch]], dict[str, int]]:
+    """Batches of each domain of a file, and the UTF-8 bytes of their answers; "all" is the domain of lines without.
+
+    Args:
+      path: see `read_examples`.
+      tokenizer: path of a `tokenizer.json`.
+      end_of_text_id: −1 for none.
+      documents: the first so many of each domain; 0: all.
+      sequence_length, batch_size: see `example_batches`.
+    """
+    loaded = Tokenizer.from_file(str(tokenizer))
+    by_domain: dict[str, list[Example]] = {}
+    for example in read_examples(path):
+        by_domain.setdefault(example.domain or "all", []).append(example)
+    batches, sizes = {}, {}
+    for name in sorted(by_domain):
+        used = by_domain[name][: documents or None]
+        sizes[name] = sum(len(example.answer.encode()) for example in used)
+        batches[name] = example_batches(
+            used, loaded, end_of_text_id, sequence_length=sequence_length, batch_size=batch_size
+        )
+    return batches, sizes

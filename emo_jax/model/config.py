@@ -132,6 +132,8 @@ class PoolConfig:
     """Largest pool; at R or more, a document uses every expert."""
     forced: int = 0
     """The last so many routed experts belong to every pool and count towards its size."""
+    whole_fraction: float = 0.0
+    """Share of documents that use every expert, in all layers; the others draw a size."""
     start_step: int = 0
     """Before this step there are no pools: a standard mixture annealed into EMO."""
     narrowing_steps: int = 0
@@ -157,6 +159,7 @@ class PoolConfig:
             0 <= self.forced <= self.min,
             f"pool.forced={self.forced} must lie in 0..pool.min={self.min}: forced experts count towards the pool.",
         )
+        require(0 <= self.whole_fraction <= 1, f"pool.whole_fraction={self.whole_fraction} must lie in 0..1.")
         for name in ("start_step", "narrowing_steps"):
             require(getattr(self, name) >= 0, f"pool.{name}={getattr(self, name)} is negative.")
 

@@ -44,12 +44,15 @@ class SubsetLosses:
     """Test losses of a model under subsets of its experts; compiled once."""
 
     def __init__(self, config: ModelConfig, params: Any, test: dict[str, Batches]):
-        """For the test batches of each domain (`data.domain_batches`), whose indices are the order of the keys."""
+        """For the test batches of each domain, all of one shape (`data.domain_batches` or `data.example_batches`)."""
         require(bool(test), "There are no test documents.")
-        self.config, self.params, self.test = config, params, test
+        self.config, self.params = config, params
         rows = next(iter(test.values()))[0]["tokens"].shape[0]
+        documents = max(int(batch["document_ids"].max()) for batches in test.values() for batch in batches)
+        one = {"document_domains": np.zeros((rows, max(documents, 1)), np.int32)}  # a domain is evaluated by itself
+        self.test = {domain: [batch | one for batch in batches] for domain, batches in test.items()}
         mesh = make_mesh(MeshConfig(), rows, jax.devices()[:1])
-        self._loss = make_heldout_loss(config, mesh, list(test))
+        self._loss = make_heldout_loss(config, mesh, ["all"])
 
     def full(self) -> dict[str, Loss]:
         """Of each domain, with all experts."""

@@ -397,6 +397,18 @@ def test_before_their_start_step_pools_are_whole():
     np.testing.assert_array_equal(start(7, 6).size_BLG, draws(rows=8)(7, 6).size_BLG)
 
 
+def test_a_share_of_documents_has_no_pool_in_any_layer_and_the_others_draw_as_before():
+    config = PoolConfig(min=3, max=8, whole_fraction=0.25)
+    size_BLG = np.asarray(
+        draw_pools(config, 7, np.int32(5), rows=96, layers=LAYERS, documents=DOCUMENTS, experts=EXPERTS).size_BLG
+    )
+    whole_BG = (size_BLG == EXPERTS).all(1)
+    np.testing.assert_array_equal(size_BLG == EXPERTS, whole_BG[:, None] & np.full_like(size_BLG, True, bool))
+    assert abs(whole_BG.mean() - 0.25) < 4 * np.sqrt(0.25 * 0.75 / whole_BG.size)
+    before_BLG = np.asarray(draws(pool=(3, 8, 0))(7, 5).size_BLG)
+    np.testing.assert_array_equal(size_BLG, np.where(whole_BG[:, None], EXPERTS, before_BLG))
+
+
 def test_a_fixed_size_is_drawn_when_min_is_max():
     np.testing.assert_array_equal(draws(rows=8, pool=(4, 4, 0))(0, 3).size_BLG, 4)
 

@@ -1,4 +1,4 @@
-"""`python -m emo_jax.select` as its user runs it, and a loaded model confined to what it wrote."""
+"""`emo_jax.select` and `emo_jax.evaluate` as their user runs them, and a loaded model confined to a subset."""
 
 import json
 import os
@@ -8,11 +8,12 @@ import sys
 import jax
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
 import emo_jax
 from emo_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, PoolConfig, TrainConfig
 from emo_jax.errors import UserError
-from emo_jax.modularity import Subset
+from emo_jax.modularity import Subset, fingerprint
 from emo_jax.training import train
 
 WORDS = {"cooking": "simmer onions butter stock salt pepper", "sailing": "skipper sheet keel wind rises mast"}
@@ -41,8 +42,17 @@ def folder(tmp_path_factory):
 
 
 def select(*flags):
+    return command("emo_jax.select", *flags)
+
+
+def evaluate(folder, *flags):
+    texts = folder / "texts.jsonl"
+    return command("emo_jax.evaluate", f"--model={folder / 'run'}", f"--data={texts}", "--sequence_length=64", *flags)
+
+
+def command(module, *flags):
     variables = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    command = [sys.executable, "-m", "emo_jax.select", *map(str, flags)]
+    command = [sys.executable, "-m", module, *map(str, flags)]
     return subprocess.run(
         command, capture_output=True, text=True, timeout=200, env=variables | {"JAX_PLATFORMS": "cpu"}
     )
@@ -89,3 +99,55 @@ def test_a_mistake_is_told_in_words(folder, flags, words):
     done = select(f"--model={folder / 'run'}", f"--data={folder / 'texts.jsonl'}", f"--out={folder / 'x.json'}", *flags)
     assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
     assert not (folder / "x.json").exists()
+
+
+def test_an_evaluation_prints_and_writes_losses_retention_and_the_matrix(folder, tmp_path):
+    texts = folder / "texts.jsonl"
+    done = evaluate(folder, f"--calibration={texts}", "--keep=8,4", "--methods=router_mass,reap", f"--out={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    made = json.loads((tmp_path / "evaluation.json").read_text())
+    losses, retained, matrix = made.values()
+    assert [line[0] for line in losses] == ["domain", "cooking", "sailing"]
+    model = emo_jax.load(folder / "run")
+    tokenizer, nats, tokens, size, hits = Tokenizer.from_file(str(model.tokenizer)), 0.0, 0, 0, 0
+    for line in map(json.loads, texts.read_text().splitlines()):
+        if line["domain"] == "cooking":
+            ids = np.array([[*tokenizer.encode(line["text"]).ids, model.end_of_text_id]])
+            log_p = np.asarray(jax.nn.log_softmax(model(np.pad(ids, ((0, 0), (0, 40 - ids.shape[1])))))[0], np.float64)
+            for place, target in enumerate(ids[0, 1:]):
+                nats -= log_p[place, target]
+                hits += log_p[place].argmax() == target
+            tokens, size = tokens + ids.shape[1] - 1, size + len(line["text"].encode())
+    np.testing.assert_allclose(losses[1][1:4], [nats / tokens, hits / tokens, nats / np.log(2) / size], rtol=1e-4)
+    assert losses[1][4] == tokens
+    keys = [(domain, method, keep) for domain in WORDS for method in ("router_mass", "reap") for keep in (8, 4)]
+    assert [tuple(line[:3]) for line in retained[1:]] == keys
+    assert all(abs(line[4]) < 1e-5 and abs(line[5]) < 1e-5 for line in retained[1:] if line[2] == 8)  # all experts
+    assert matrix[0] == ["chosen for", "cooking", "sailing"]
+    own = next(line[4] for line in retained if line[:3] == ["cooking", "router_mass", 4])
+    np.testing.assert_allclose(matrix[1][1], own, atol=1e-6)
+    np.testing.assert_allclose(
+        matrix[3][1], (matrix[1][2] + matrix[2][1] - matrix[1][1] - matrix[2][2]) / 2, rtol=1e-5, atol=1e-6
+    )
+    for cell in ("cooking", f"{losses[1][1]:.3f}", "chosen for"):
+        assert cell in done.stdout
+    assert (tmp_path / "evaluation.csv").read_text().startswith("losses\n")
+
+
+def test_one_subset_is_evaluated_kept_or_ablated(folder):
+    subset = Subset(((0, 1, 2), (0, 1, 2)), fingerprint_of(folder))
+    (folder / "three.json").write_text(subset.to_json())
+    for how in ("subset", "ablate"):
+        done = evaluate(folder, f"--{how}={folder / 'three.json'}", "--documents=5")
+        assert done.returncode == 0, done.stderr
+        assert f"{'with' if how == 'subset' else 'without'} the experts of {folder / 'three.json'}" in done.stdout
+    (folder / "foreign.json").write_text(Subset(subset.experts, "0123").to_json())
+    refused = evaluate(folder, f"--subset={folder / 'foreign.json'}")
+    assert refused.returncode == 2 and "The subset was chosen for the model 0123" in refused.stderr
+    refused = evaluate(folder, "--keep=8")
+    assert refused.returncode == 2 and "--calibration='' and --keep='8' belong together" in refused.stderr
+
+
+def fingerprint_of(folder):
+    model = emo_jax.load(folder / "run")
+    return fingerprint(model.config, model.params)
