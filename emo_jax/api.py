@@ -42,6 +42,13 @@ class Model:
         self._kept: list[Kept] | None = None
         self._forward = jax.jit(functools.partial(_logits, self.config))
 
+    @property
+    def end_of_text(self) -> str:
+        """The token that ends a document, as text; empty where none is known."""
+        if self.tokenizer is None or self.end_of_text_id < 0:
+            return ""
+        return Tokenizer.from_file(str(self.tokenizer)).id_to_token(self.end_of_text_id) or ""
+
     def apply_subset(self, subset: Subset | None, *, renormalized: bool = True) -> "Model":
         """This model confined to a subset of its experts, as a mask: free, and None takes it off again.
 

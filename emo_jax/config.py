@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,9 @@ class OptimizerConfig:
     """Decoupled decay of every parameter but the embedding."""
     clip_norm: float = 1.0
     """Global norm that gradients are scaled down to."""
+    trainable_experts: tuple[str, ...] = ()
+    """Routed experts of each mixture layer, as in `'0 5 7'`: only they, with their router columns, are trained, and
+    everything else stays as it is. Empty: everything is trained."""
 
     def validate(self, steps: int) -> None:
         """Raises `UserError` naming the first field that cannot work in a run of `steps`."""
@@ -76,6 +80,10 @@ class TrainConfig:
     init_from: str = ""
     """A run directory or a Hugging Face folder whose weights the run starts from, with a fresh optimizer and fresh
     data; its tokenizer too, where `data.tokenizer` is empty."""
+    keep_experts: tuple[str, ...] = ()
+    """Routed experts of each mixture layer of `init_from`, as in `'0 5 7'`, which the model is cut to; empty: all."""
+    new_experts: int = 0
+    """Fresh routed experts that each mixture layer of `init_from` gets behind its own."""
     continue_from: str = ""
     """A run directory whose newest checkpoint the run goes on from: weights, optimizer, place in the data and step.
     Only what acts later may differ: an anneal, pools from a later step on."""
@@ -112,6 +120,12 @@ class TrainConfig:
             "train.init_from and train.continue_from are both set: a run starts either from weights or from another "
             "run's state; drop one.",
         )
+        require(
+            bool(self.init_from) or not (self.keep_experts or self.new_experts),
+            f"train.keep_experts={self.keep_experts!r} and train.new_experts={self.new_experts} change the model of "
+            "train.init_from, which is empty; name a run or a Hugging Face folder there.",
+        )
+        require(self.new_experts >= 0, f"train.new_experts={self.new_experts} is negative.")
         require(
             self.continue_step >= 0 and (self.continue_step == 0 or bool(self.continue_from)),
             f"train.continue_step={self.continue_step} names a checkpoint of train.continue_from, which is "
@@ -154,6 +168,23 @@ class Config:
         self.train.validate()
         self.optimizer.validate(self.train.steps)
         self.mesh.validate()
+        trained = expert_lists("optimizer.trainable_experts", self.optimizer.trainable_experts)
+        layers = len(self.model.routed_experts)
+        require(
+            len(trained) in (0, layers),
+            f"optimizer.trainable_experts has {len(trained)} entries for {layers} mixture layers; give one a layer, or "
+            "none at all.",
+        )
+        for layer, (experts, routed) in enumerate(zip(trained, self.model.routed_experts, strict=False)):
+            require(
+                all(expert < routed for expert in experts),
+                f"optimizer.trainable_experts has {self.optimizer.trainable_experts[layer]!r} for mixture layer "
+                f"{layer}, whose routed experts are 0..{routed - 1}.",
+            )
+        require(
+            not trained or any(trained),
+            "optimizer.trainable_experts names no expert, so nothing would be trained; name some, or leave it empty.",
+        )
         require(
             self.pool.kind == "none" or self.pool.start_step < self.train.steps,
             f"pool.start_step={self.pool.start_step} must lie before train.steps={self.train.steps}, or no step has "
@@ -193,6 +224,20 @@ class Config:
         except json.JSONDecodeError as error:
             raise UserError(f"The config is not JSON: {error}.") from None
         return _from_dict(cls, values, "")
+
+
+def expert_lists(name: str, lists: Sequence[str]) -> list[tuple[int, ...]]:
+    """The numbers of each entry of a field such as `train.keep_experts`, ascending.
+
+    Raises:
+      UserError: naming the field, where an entry is anything else than numbers.
+    """
+    for text in lists:
+        require(
+            all(part.isdecimal() for part in text.split()),
+            f"{name} has {text!r}; an entry holds the numbers of a layer's routed experts, as in '0 5 7'.",
+        )
+    return [tuple(sorted({int(part) for part in text.split()})) for text in lists]
 
 
 def _from_dict(cls: Any, values: dict[str, Any], prefix: str) -> Any:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from emo_jax.errors import UserError, require, require_choice
 
-SOURCES = ("installed_text", "jsonl", "text", "tfds", "mixture")
+SOURCES = ("installed_text", "jsonl", "text", "tfds", "examples", "mixture")
 PACKINGS = ("concatenate", "best_fit")
 
 
@@ -28,7 +28,8 @@ class DataConfig:
     """`installed_text`: text any Python machine holds. `jsonl`: objects with `text` and an optional
     `domain`, plain, `.gz` or `.zst`. `text`: a folder of `.txt`/`.md` files, its subfolders the domains.
     `tfds`: the training split of a TensorFlow Datasets dataset in ArrayRecord format; TensorFlow is not needed.
-    `mixture`: several of these."""
+    `examples`: JSON lines with `prompt` and `answer`, which alone is learnt; each is a document. `mixture`: several of
+    these."""
     path: str = ""
     """File, folder or glob of `source`; for `tfds` a prepared dataset's folder or a name such as
     `wikipedia/20230601.en`; unused by `installed_text`."""

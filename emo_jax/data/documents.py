@@ -5,10 +5,11 @@ from typing import NamedTuple
 
 
 class Document(NamedTuple):
-    """One text and the name of the domain it comes from."""
+    """One text, the name of the domain it comes from, and the byte of its UTF-8 text where an answer begins, if any."""
 
     text: str
     domain: str
+    answer: int = 0
 
 
 def digest(text: str) -> bytes:

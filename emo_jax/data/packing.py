@@ -131,7 +131,8 @@ def row(split: Split, spans: np.ndarray, sequence_length: int, max_repetitions: 
     """Spans of a split as one row of the batch contract.
 
     Every document is a run of one id, numbered from 1; so is what a row before has left of one. Positions
-    count from 0 in each run. The last token of a run, its end token or the cut at the row's end, has no target.
+    count from 0 in each run. The last token of a run, its end token or the cut at the row's end, has no target; nor has
+    one whose next token is still of the prompt.
     A row that `is_repetitive` keeps nothing but its tokens: its document ids are all 0.
 
     Args:
@@ -146,7 +147,7 @@ def row(split: Split, spans: np.ndarray, sequence_length: int, max_repetitions: 
     names = ("tokens", "targets", "document_ids", "positions")
     values = {name: np.zeros(sequence_length, np.int32) for name in names}
     loss_mask_S = np.zeros(sequence_length, bool)
-    starts, stops, _ = _runs(split.offsets, spans)
+    starts, stops, documents = _runs(split.offsets, spans)
     lengths = stops - starts
     ends = np.cumsum(lengths)
     size = int(lengths.sum())
@@ -157,6 +158,9 @@ def row(split: Split, spans: np.ndarray, sequence_length: int, max_repetitions: 
         values["positions"][:size] = np.arange(size) - np.repeat(ends - lengths, lengths)
         loss_mask_S[:size] = True
         loss_mask_S[ends - 1] = False
+        if split.answers is not None:  # where the target stands before its document's answer, nothing is learnt
+            place = values["positions"][:size] + np.repeat(starts - split.offsets[documents], lengths)
+            loss_mask_S[:size] &= place + 1 >= np.repeat(split.answers[documents], lengths)
         values["targets"][:-1] = np.where(loss_mask_S[:-1], values["tokens"][1:], 0)
     return {**values, "loss_mask": loss_mask_S}
 

@@ -32,7 +32,7 @@ def read_documents(config: DataConfig) -> Iterator[tuple[Document, int]]:
     for index, part in enumerate(config.parts()):
         for document in _read(part, config.text_field):
             named = part.name if part.name and document.domain == DEFAULT_DOMAIN else document.domain
-            yield Document(document.text, named), index
+            yield document._replace(domain=named), index
 
 
 def _read(part: Part, text_field: str) -> Iterator[Document]:
@@ -40,6 +40,8 @@ def _read(part: Part, text_field: str) -> Iterator[Document]:
         return installed_documents()
     if part.source == "text":
         return text_documents(part.path)
+    if part.source == "examples":
+        return example_documents(part.path)
     reader = {"jsonl": jsonl_documents, "tfds": tfds_documents}[part.source]
     return reader(part.path, text_field)
 
@@ -74,6 +76,27 @@ def json_objects(path: str, field: str = "text") -> Iterator[tuple[dict[str, Any
     for file, _ in _find(path, _JSONL):
         for number, line in _lines(file):
             yield _parse(line, f"{file}:{number}", field), f"{file}:{number}"
+
+
+def example_documents(path: str) -> Iterator[Document]:
+    """Yields each line's `prompt` with its `answer` behind it, or its `text`; an optional `domain`.
+
+    Args:
+      path: as in `jsonl_documents`.
+
+    Raises:
+      UserError: as there; where an answer is empty.
+    """
+    for value, where in json_objects(path, "prompt"):
+        if "prompt" not in value:
+            document = _document(value, where, "text")
+        else:
+            prompt = _document(value, where, "prompt")
+            answer = _document(value, where, "answer")
+            require(bool(answer.text), f"{where} has an empty answer, from which nothing can be learnt.")
+            document = Document(prompt.text + answer.text, prompt.domain, len(prompt.text.encode()))
+        if document.text.strip():
+            yield document
 
 
 def tfds_documents(path: str, text_field: str = "text") -> Iterator[Document]:

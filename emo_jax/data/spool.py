@@ -23,6 +23,7 @@ class Spool:
       heldout: bool [pieces].
       hashes: uint64 [pieces], of the whole document.
       ranks: int32 [pieces], a piece's number within its document.
+      answers: int64 [pieces], the byte of a piece where training begins.
     """
 
     def __init__(
@@ -48,11 +49,11 @@ class Spool:
         spooled: list[int] = []
         seen: set[bytes] = set()
         ends, domain_of, part_of = array("q"), array("i"), array("i")
-        heldout, hashes, ranks = array("b"), array("Q"), array("i")
+        heldout, hashes, ranks, answers = array("b"), array("Q"), array("i"), array("q")
         self.duplicates = 0
         position = 0
         with path.open("wb") as file:
-            for (text, domain), part in documents:
+            for (text, domain, answer), part in documents:
                 key = digest(text)
                 if key in seen:
                     self.duplicates += 1
@@ -72,6 +73,10 @@ class Spool:
                 heldout.extend([heldout_by_digest(key, heldout_fraction)] * len(cuts))
                 hashes.extend([int.from_bytes(key[:8])] * len(cuts))
                 ranks.extend(range(len(cuts)))
+                starts = [0, *cuts[:-1]]
+                answers.extend(
+                    min(max(answer - start, 0), end - start) for start, end in zip(starts, cuts, strict=True)
+                )
                 position += len(data)
                 spooled[index] += len(data)
         self.domains = tuple(sorted(names))
@@ -83,6 +88,7 @@ class Spool:
         self.heldout = np.array(heldout, bool)
         self.hashes = np.array(hashes, np.uint64)
         self.ranks = np.array(ranks, np.int32)
+        self.answers = np.array(answers, np.int64)
         self._bytes = np.memmap(path, np.uint8, "r") if position else np.zeros(0, np.uint8)
 
     def text(self, piece: int) -> str:

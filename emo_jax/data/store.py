@@ -55,11 +55,13 @@ class Split:
       tokens: uint16 or uint32 [N], read from disk as it is used.
       offsets: int64 [documents + 1], where each document starts; the last is N.
       domains: int32 [documents], indices into `TokenStore.domains`.
+      answers: int64 [documents], a document's token where training begins; None: all begin with their first.
     """
 
     tokens: np.ndarray
     offsets: np.ndarray
     domains: np.ndarray
+    answers: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.domains)
@@ -136,6 +138,7 @@ class TokenStore:
             tokens=np.memmap(path, dtype, "r") if count else np.zeros(0, dtype),
             offsets=np.load(self.directory / f"{name}_offsets.npy"),
             domains=np.load(self.directory / f"{name}_domains.npy"),
+            answers=np.load(answers) if (answers := self.directory / f"{name}_answers.npy").exists() else None,
         )
 
 
@@ -309,9 +312,11 @@ def _write_split(
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """Writes `path`.bin and its arrays; returns the pieces that have tokens, and the counts for the manifest."""
     lengths: list[int] = []
+    answers: list[int] = []
     with path.with_name(f"{path.name}.bin").open("wb") as file:
-        for _, texts in spool.batches(pieces, _ENCODE_BYTES):
-            for ids in encode(tokenizer, texts):
+        for batch, texts in spool.batches(pieces, _ENCODE_BYTES):
+            for ids, answer in _encode_parts(tokenizer, texts, spool.answers[batch]):
+                answers.append(answer)
                 if end_id >= 0:
                     ids.append(end_id)
                 file.write(np.array(ids, dtype).tobytes())
@@ -319,6 +324,8 @@ def _write_split(
     lengths_N = np.array(lengths, np.int64)
     pieces, lengths_N = pieces[lengths_N > 0], lengths_N[lengths_N > 0]
     domains_N = spool.domain_of[pieces]
+    if any(answers):
+        np.save(path.with_name(f"{path.name}_answers.npy"), np.array(answers, np.int64)[np.array(lengths) > 0])
     np.save(path.with_name(f"{path.name}_offsets.npy"), np.concatenate(([0], np.cumsum(lengths_N))).astype(np.int64))
     np.save(path.with_name(f"{path.name}_domains.npy"), domains_N.astype(np.int32))
 
@@ -328,6 +335,18 @@ def _write_split(
 
     by_domain = {name: count(domains_N == index) for index, name in enumerate(spool.domains)}
     return pieces, {**count(np.ones(len(pieces), bool)), "by_domain": by_domain}
+
+
+def _encode_parts(tokenizer: Tokenizer, texts: list[str], answers: np.ndarray) -> Iterator[tuple[list[int], int]]:
+    """Token ids of each text and where its answer begins; prompts and answers are tokenized apart, as they are met."""
+    if not answers.any():
+        yield from ((ids, 0) for ids in encode(tokenizer, texts))
+        return
+    cut = [text.encode() for text in texts]
+    prompts = encode(tokenizer, [text[:at].decode() for text, at in zip(cut, answers, strict=True)])
+    rests = encode(tokenizer, [text[at:].decode() for text, at in zip(cut, answers, strict=True)])
+    for prompt, rest in zip(prompts, rests, strict=True):
+        yield prompt + rest, len(prompt)
 
 
 def _parts(config: DataConfig, part_of: np.ndarray) -> list[list[Any]]:

@@ -2,16 +2,18 @@
 
 import dataclasses
 import functools
+import operator
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from emo_jax.config import Config
+from emo_jax.config import Config, expert_lists
 from emo_jax.data.tokenizer import load_tokenizer
 from emo_jax.errors import require
 from emo_jax.interop import read_config, read_parameters
@@ -89,6 +91,51 @@ def _link(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
+def origin_model(folder: Path) -> ModelConfig:
+    """The model in a run directory or a Hugging Face folder.
+
+    Raises:
+      UserError: where the folder is neither, or a run without a checkpoint.
+    """
+    require((folder / CONFIG_FILE).is_file(), f"train.init_from={str(folder)!r} has no {CONFIG_FILE}.")
+    if "model_type" in read_json(folder / CONFIG_FILE):
+        return read_config(folder)
+    require(bool(saved_steps(folder)), f"train.init_from={str(folder)!r} has no checkpoint yet.")
+    return Config.from_json((folder / CONFIG_FILE).read_text()).model
+
+
+def changed_model(model: ModelConfig, keep_experts: Sequence[str], new_experts: int) -> ModelConfig:
+    """A model cut to some of its routed experts and extended by fresh ones.
+
+    Args:
+      model: as it is.
+      keep_experts: see `TrainConfig`.
+      new_experts: see `TrainConfig`.
+
+    Raises:
+      UserError: where the experts are not the model's, or too few.
+    """
+    if not (keep_experts or new_experts):
+        return model
+    routed = model.routed_experts
+    require(bool(routed), "train.keep_experts and train.new_experts need a model with experts; this one is dense.")
+    kept = expert_lists("train.keep_experts", keep_experts)
+    require(
+        len(kept) in (0, len(routed)),
+        f"train.keep_experts has {len(kept)} entries, the model of train.init_from {len(routed)} mixture layers.",
+    )
+    for layer, experts in enumerate(kept):
+        require(
+            len(experts) >= model.num_choices and experts[-1] < routed[layer],
+            f"train.keep_experts has {keep_experts[layer]!r} for mixture layer {layer}; name at least "
+            f"{model.num_choices} of its routed experts 0..{routed[layer] - 1}.",
+        )
+    counts = iter([len(experts) for experts in kept] or routed)
+    totals = tuple(next(counts) + new_experts + model.num_shared_experts if e else 0 for e in model.layer_experts)
+    equal = len(set(totals)) == 1
+    return dataclasses.replace(model, num_experts=max(totals), experts_per_layer=() if equal else totals)
+
+
 def check_origin(config: Config) -> None:
     """Refuses a `train.init_from` whose model or tokenizer is not the config's, before any long work.
 
@@ -98,12 +145,7 @@ def check_origin(config: Config) -> None:
     if not config.train.init_from:
         return
     folder = Path(config.train.init_from)
-    require((folder / CONFIG_FILE).is_file(), f"train.init_from={str(folder)!r} has no {CONFIG_FILE}.")
-    if "model_type" in read_json(folder / CONFIG_FILE):
-        theirs = read_config(folder)
-    else:
-        theirs = Config.from_json((folder / CONFIG_FILE).read_text()).model
-        require(bool(saved_steps(folder)), f"train.init_from={str(folder)!r} has no checkpoint yet.")
+    theirs = changed_model(origin_model(folder), config.train.keep_experts, config.train.new_experts)
     ours = _resolved(config.model)
     for name, value in _resolved(theirs).items():
         require(
@@ -139,18 +181,52 @@ def _resolved(model: ModelConfig) -> dict[str, Any]:
 
 
 def initial_parameters(config: Config, shardings: Any) -> Any:
-    """The weights of `train.init_from`, each array where it lives, in the master precision."""
+    """The weights of `train.init_from`, cut and extended as asked, each array where it lives, in the master precision.
+
+    A fresh expert adds nothing at first, since its `down` is 0; its router column is drawn with the mean and the spread
+    of its layer's, so that tokens choose it as often as any.
+    """
+    kept = expert_lists("train.keep_experts", config.train.keep_experts)
     folder = Path(config.train.init_from)
     if "model_type" in read_json(folder / CONFIG_FILE):
         params = read_parameters(folder, read_config(folder))
     else:
         params = load_parameters(folder, shardings)[1]
+    mixtures = [name for name in sorted(params["layers"]) if "moe" in params["layers"][name]]
+    key = jax.random.key(config.train.seed, impl="threefry2x32")
+
+    def changed(name: str, parameter: str, leaf: Any) -> Any:
+        """A router or a stack of experts, cut and extended."""
+        axis, layer = (1 if parameter == "router" else 0), mixtures.index(name)
+        if kept:
+            leaf = leaf.take(np.array(kept[layer]), axis=axis)
+        if config.train.new_experts:
+            place = jax.random.fold_in(
+                jax.random.fold_in(key, layer), ("router", "gate", "up", "down").index(parameter)
+            )
+            fresh = _fresh_experts(parameter, jnp.asarray(leaf), config.train.new_experts, config.model.init_std, place)
+            leaf = jnp.concatenate([leaf, fresh.astype(leaf.dtype)], axis)
+        return leaf
 
     def place(path: Any, abstract: jax.ShapeDtypeStruct, sharding: Any) -> jax.Array:
-        parent = functools.reduce(lambda tree, key: tree[key.key], path[:-1], params)
-        leaf = parent.pop(path[-1].key)  # one array at a time is there twice
+        names = [key.key for key in path]
+        parent = functools.reduce(operator.getitem, names[:-1], params)
+        leaf = parent.pop(names[-1])  # one array at a time is there twice
+        if "routed" in names or "router" in names:
+            leaf = changed(names[1], names[-1], leaf)
         if isinstance(leaf, np.ndarray):
             leaf = leaf.astype(abstract.dtype)
         return jax.device_put(leaf, sharding).astype(abstract.dtype)
 
     return jax.tree.map_with_path(place, abstract_parameters(config.model), shardings)
+
+
+def _fresh_experts(parameter: str, leaf: jax.Array, new: int, init_std: float, key: jax.Array) -> jax.Array:
+    """The part of `new` experts that belongs behind a router [D, R] or a stack [R, …]."""
+    if parameter == "down":
+        return jnp.zeros((new, *leaf.shape[1:]))
+    if parameter == "router":
+        wide = leaf.astype(jnp.float32)
+        noise = jax.random.truncated_normal(key, -3, 3, (len(leaf), new))
+        return wide.mean(1, keepdims=True) + wide.std(1, keepdims=True) * noise
+    return init_std * jax.random.truncated_normal(key, -3, 3, (new, *leaf.shape[1:]))

@@ -19,7 +19,7 @@ from emo_jax.parallel import batch_sharding, param_sharding, replicated
 from emo_jax.parallel.sharding import ROW_AXES
 from emo_jax.training.guard import choose, init_guard, judge
 from emo_jax.training.loss import Counted, Sums, Tokens, add_to_buffers, combine, routing_metrics
-from emo_jax.training.optimizer import learning_rate, make_optimizer
+from emo_jax.training.optimizer import learning_rate, make_optimizer, without_frozen
 
 Batch = dict[str, jax.Array]
 """`tokens`, `targets`, `document_ids`, `positions` int32 [B, S]; `loss_mask` bool [B, S]."""
@@ -108,7 +108,7 @@ def make_gradients(
     pooled = config.pool.kind != "none"
 
     def forward(params: Any, batch: Batch, draws: PoolDraws | None) -> Sums:
-        model = bind(config.model, params)
+        model = bind(config.model, without_frozen(config.optimizer, params))
         hidden_BSD, routings = model(
             batch["tokens"],
             batch["document_ids"],

@@ -1,0 +1,156 @@
+"""Fine-tunes a model, or a task's experts: `python -m emo_jax.finetune --model=RUN --data=task.jsonl --workdir=DIR`.
+
+The data are JSON lines with `prompt` and `answer` (the answers alone are learnt) or `text`. By default everything is
+trained, with the recipe of the paper: one epoch, 32 examples a step, AdamW at 5e-5, a tenth of the steps warm-up, then
+linearly to 0, no pools, no balance loss. `--subset=FILE` trains the model cut to it; with `--train=subset` only those
+experts inside the frozen whole model; `--train=new --new_experts=8` only so many fresh experts a layer. Fields of the
+run can be set as in `emo_jax.train`: `--config.optimizer.learning_rate=1e-4`. The same command goes on where it stopped.
+"""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import config_flags
+
+from emo_jax import cli
+from emo_jax.config import BalanceConfig, Config, DataConfig, OptimizerConfig, PoolConfig, TrainConfig
+from emo_jax.errors import UserError, require, require_choice
+
+TRAINED = ("all", "subset", "new")
+
+
+def recipe() -> Config:
+    """The paper's, as the public code has it; what depends on the model and the data is filled in later."""
+    return Config(
+        pool=PoolConfig(kind="none"),
+        balance=BalanceConfig(weight=0.0, router_z_weight=0.0),
+        data=DataConfig(
+            source="examples", packing="best_fit", batch_size=32, max_documents=1, max_document_bytes=2**30
+        ),
+        optimizer=OptimizerConfig(
+            learning_rate=5e-5, schedule="linear", final_fraction=0.0, beta2=0.999, weight_decay=0.0
+        ),
+        train=TrainConfig(logits_z_weight=0.0, eval_every=0),
+    )
+
+
+_CONFIG = config_flags.DEFINE_config_dataclass("config", recipe())
+_MODEL = flags.DEFINE_string("model", None, "Run directory or Hugging Face folder to start from.", required=True)
+_DATA = flags.DEFINE_string("data", None, "JSON lines: prompt and answer, or text; optional domain.", required=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run, which is the fine-tuned model.", required=True)
+_SUBSET = flags.DEFINE_string("subset", "", "A subset's file, from emo_jax.select.")
+_TRAIN = flags.DEFINE_string("train", "all", "all, subset (its experts, in the frozen model) or new (experts).")
+_NEW = flags.DEFINE_integer("new_experts", 0, "Fresh experts a layer.")
+_EPOCHS = flags.DEFINE_float("epochs", 1.0, "How often every example is seen.")
+_WARMUP = flags.DEFINE_float("warmup_fraction", 0.1, "Of the steps.")
+
+
+def main() -> int:
+    """Fine-tunes and prints the held-out loss before and after."""
+    require_choice("--train", _TRAIN.value, TRAINED)
+    require(_EPOCHS.value > 0, f"--epochs={_EPOCHS.value} must be positive.")
+    require(0 <= _WARMUP.value < 1, f"--warmup_fraction={_WARMUP.value} must lie in [0, 1).")
+    require(
+        _TRAIN.value != "subset" or bool(_SUBSET.value),
+        "--train=subset needs --subset=FILE, which names the experts to train.",
+    )
+    require(
+        (_TRAIN.value == "new") == (_NEW.value > 0),
+        f"--train={_TRAIN.value} with --new_experts={_NEW.value}: fresh experts and --train=new belong together.",
+    )
+    from emo_jax.modularity import Subset
+    from emo_jax.training import train
+
+    run_dir = Path(_WORKDIR.value)
+    subset = Subset.load(_SUBSET.value) if _SUBSET.value else None
+    config = _configure(_CONFIG.value, subset)
+    store = _fill_in_steps(config, run_dir)
+    results = run_dir / "finetune.json"
+    if results.exists():
+        before = json.loads(results.read_text())["before"]
+    else:
+        before = _heldout(config, store)
+        results.write_text(json.dumps({"before": before}, indent=1) + "\n")
+    if subset is not None:
+        (run_dir / "subset.json").write_text(subset.to_json())
+    result = train(config, run_dir)
+    if result.stopped_by or result.heldout is None:
+        print(f"Stopped after step {result.step}. The same command goes on from there.")
+        return 128 + result.stopped_by
+    after = result.heldout.to_json()
+    results.write_text(json.dumps({"before": before, "after": after}, indent=1) + "\n")
+    _print_losses(before, after)
+    print(f"\nModel and report: {run_dir}")
+    return 0
+
+
+def _configure(config: Config, subset: Any) -> Config:
+    """The recipe for this model: its geometry, what is cut, added and trained."""
+    from emo_jax.api import load
+    from emo_jax.training.start import changed_model
+
+    model = load(_MODEL.value)  # the subset's fingerprint is of the whole model's routers
+    if model.tokenizer is None:
+        raise UserError(f"--model={_MODEL.value} has no tokenizer.json; put the one it was trained with there.")
+    experts: tuple[str, ...] = ()
+    if subset is not None:
+        model.apply_subset(subset)  # refuses another model's
+        experts = tuple(" ".join(map(str, layer)) for layer in subset.experts)
+    kept = () if _TRAIN.value == "subset" else experts
+    changed = changed_model(model.config, kept, _NEW.value)
+    trained = experts if _TRAIN.value == "subset" else ()
+    if _NEW.value:
+        trained = tuple(" ".join(map(str, range(routed - _NEW.value, routed))) for routed in changed.routed_experts)
+    made = dataclasses.replace(config, model=changed)
+    made.data = dataclasses.replace(config.data, path=_DATA.value, end_of_text=model.end_of_text)
+    made.optimizer = dataclasses.replace(config.optimizer, trainable_experts=trained)
+    made.train = dataclasses.replace(config.train, init_from=_MODEL.value, keep_experts=kept, new_experts=_NEW.value)
+    return made
+
+
+def _fill_in_steps(config: Config, run_dir: Path) -> Any:
+    """Tokenizes the examples, and sets the length of the run in steps; returns the store."""
+    from emo_jax.data import pack_rows, prepare_store
+
+    config.data.validate()
+    data = dataclasses.replace(config.data, tokenizer=config.tokenizer())
+    store = prepare_store(data, config.model.vocab_size, config.data.cache_dir or run_dir / "data", print)
+    rows = pack_rows(store.train.offsets, data.sequence_length, data.max_documents, data.packing)
+    config.train.steps = math.ceil(_EPOCHS.value * len(rows) / data.batch_size)
+    config.optimizer.warmup_steps = int(_WARMUP.value * config.train.steps)
+    config.train.checkpoint_every = min(config.train.checkpoint_every, config.train.steps)
+    return store
+
+
+def _heldout(config: Config, store: Any) -> Any:
+    """Held-out losses of the model that the run starts from, as JSON."""
+    from emo_jax.data import heldout_batches
+    from emo_jax.evaluation import make_heldout_loss
+    from emo_jax.parallel import make_mesh
+    from emo_jax.training.start import check_origin, initial_parameters
+    from emo_jax.training.step import state_shardings
+
+    config.validate()
+    check_origin(config)
+    rows = config.data.batch_size // config.train.microbatches
+    mesh = make_mesh(config.mesh, rows)
+    params = initial_parameters(config, state_shardings(config, mesh).params)
+    loss = make_heldout_loss(config.model, mesh, store.domains)
+    return loss(params, heldout_batches(store, config.data, rows)).to_json()
+
+
+def _print_losses(before: Any, after: Any) -> None:
+    print("\nHeld-out loss (nats a token of the answers), before and after:")
+    lines = [(name, before["domains"][name], after["domains"][name]) for name in sorted(after["domains"])]
+    lines += [("all", before, after)]
+    width = max(len(name) for name, _, _ in lines)
+    for name, old, new in lines:
+        print(f"  {name:<{width}}  {old['loss']:.3f}  {new['loss']:.3f}  ({new['tokens']:,} tokens)")
+
+
+if __name__ == "__main__":
+    cli.run(main)

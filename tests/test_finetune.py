@@ -1,0 +1,161 @@
+"""`emo_jax.finetune` as its user runs it: what is trained, what is not, and what is learnt from."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+import emo_jax
+from emo_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, PoolConfig, TrainConfig
+from emo_jax.modularity import Subset, fingerprint
+from emo_jax.training import train
+from emo_jax.training.checkpoints import load_parameters
+
+RNG = np.random.default_rng(0)
+WORDS = "simmer onions butter stock salt pepper keel wind mast".split()
+KEPT = ((0, 2, 5), (1, 3, 4, 6))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A small model in `run`, a subset of it, and examples of a task."""
+    path = tmp_path_factory.mktemp("finetune")
+    lines = [json.dumps({"text": " ".join(RNG.choice(WORDS, 12))}) for _ in range(60)]
+    (path / "texts.jsonl").write_text("\n".join(lines))
+    config = Config(
+        model=ModelConfig(
+            vocab_size=300, d_model=16, num_layers=2, num_heads=2, num_experts=8, top_k=3, d_expert=8, dtype="float32"
+        ),
+        pool=PoolConfig(min=2, max=8),
+        data=DataConfig(source="jsonl", path=str(path / "texts.jsonl"), sequence_length=32, batch_size=8),
+        optimizer=OptimizerConfig(warmup_steps=2),
+        train=TrainConfig(steps=6, eval_every=0, checkpoint_every=6),
+    )
+    train(config, path / "run", log=lambda text: None)
+    model = emo_jax.load(path / "run")
+    (path / "subset.json").write_text(Subset(KEPT, fingerprint(model.config, model.params)).to_json())
+    examples = [
+        {"prompt": f"{WORDS[i % 9]} {i}:", "answer": f" {WORDS[(i + 1) % 9]}", "domain": "next"} for i in range(120)
+    ]
+    (path / "task.jsonl").write_text("\n".join(map(json.dumps, examples)))
+    return path
+
+
+def finetune(folder, workdir, *flags):
+    variables = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    command = [sys.executable, "-m", "emo_jax.finetune", f"--model={folder / 'run'}", f"--workdir={workdir}"]
+    command += [f"--data={folder / 'task.jsonl'}", "--config.data.sequence_length=24", "--config.data.batch_size=16"]
+    command += ["--config.optimizer.learning_rate=0.01", "--config.optimizer.weight_decay=0.1", *map(str, flags)]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=200, env=variables | {"JAX_PLATFORMS": "cpu"}
+    )
+
+
+def by_name(params):
+    paths = jax.tree.leaves_with_path(params)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in paths}
+
+
+def test_a_whole_model_learns_the_answers_and_a_second_command_has_nothing_left_to_do(folder, tmp_path):
+    done = finetune(folder, tmp_path / "tuned", "--epochs=2")
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "tuned" / "finetune.json").read_text())
+    assert results["after"]["loss"] < results["before"]["loss"] - 0.2
+    assert f"next  {results['before']['loss']:.3f}  {results['after']['loss']:.3f}" in done.stdout
+    config = Config.from_json((tmp_path / "tuned" / "config.json").read_text())
+    examples = 120 - len(np.load(tmp_path / "tuned" / "data" / "heldout_domains.npy"))
+    assert config.train.steps == -(-2 * examples // 16) and config.optimizer.warmup_steps == config.train.steps // 10
+    # Only answers and their end tokens are learnt.
+    first = json.loads((tmp_path / "tuned" / "metrics.jsonl").read_text().splitlines()[0])
+    tokenizer_tokens = first["loss_tokens"]
+    assert 16 * 2 <= tokenizer_tokens <= 16 * 9
+    again = finetune(folder, tmp_path / "tuned", "--epochs=2")
+    assert again.returncode == 0, again.stderr
+    assert json.loads((tmp_path / "tuned" / "finetune.json").read_text()) == results
+
+
+def test_a_subset_is_trained_as_the_model_cut_to_it(folder, tmp_path):
+    done = finetune(folder, tmp_path / "tuned", f"--subset={folder / 'subset.json'}")
+    assert done.returncode == 0, done.stderr
+    tuned = emo_jax.load(tmp_path / "tuned")
+    assert tuned.config.layer_experts == (4, 5)
+    cut = by_name(emo_jax.load(folder / "run").cut(Subset.load(folder / "subset.json")).params)
+    new = by_name(tuned.params)
+    assert {name: leaf.shape for name, leaf in cut.items()} == {name: leaf.shape for name, leaf in new.items()}
+    assert all((cut[name] != new[name]).any() for name in cut)
+    assert all(np.abs(cut[name] - new[name]).max() < 0.1 for name in cut)  # steps away, not drawn anew
+    assert Subset.load(tmp_path / "tuned" / "subset.json").experts == KEPT
+    results = json.loads((tmp_path / "tuned" / "finetune.json").read_text())
+    assert results["after"]["loss"] < results["before"]["loss"]
+
+
+def test_a_subsets_experts_alone_are_trained_inside_the_frozen_model(folder, tmp_path):
+    done = finetune(folder, tmp_path / "tuned", f"--subset={folder / 'subset.json'}", "--train=subset")
+    assert done.returncode == 0, done.stderr
+    old, new = (by_name(load_parameters(run)[1]) for run in (folder / "run", tmp_path / "tuned"))
+    for name in old:
+        if "routed" in name or "router" in name:
+            kept = np.isin(np.arange(7), KEPT[int(name.split("/")[1])])
+            axis = 1 if "router" in name else 0
+            changed = (old[name] != new[name]).any(tuple(i for i in range(old[name].ndim) if i != axis))
+            np.testing.assert_array_equal(changed, kept, err_msg=name)
+        else:
+            np.testing.assert_array_equal(old[name], new[name], err_msg=name)  # weight decay does not move them either
+
+
+def test_fresh_experts_add_nothing_at_first_and_learn_alone(folder, tmp_path):
+    done = finetune(folder, tmp_path / "tuned", "--train=new", "--new_experts=2", "--epochs=3")
+    assert done.returncode == 0, done.stderr
+    old, new = (by_name(load_parameters(run)[1]) for run in (folder / "run", tmp_path / "tuned"))
+    for name in old:
+        if "router" in name:
+            np.testing.assert_array_equal(old[name], new[name][:, :7])
+            assert new[name].shape[1] == 9
+        elif "routed" in name:
+            np.testing.assert_array_equal(old[name], new[name][:7])
+            assert len(new[name]) == 9 and np.abs(new[name][7:]).max() > 0
+        else:
+            np.testing.assert_array_equal(old[name], new[name])
+    results = json.loads((tmp_path / "tuned" / "finetune.json").read_text())
+    assert results["after"]["loss"] < results["before"]["loss"] - 0.05
+
+
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(folder, tmp_path):
+    flags = [f"--subset={folder / 'subset.json'}", "--config.train.checkpoint_every=2"]
+    assert finetune(folder, tmp_path / "whole", *flags).returncode == 0
+    shutil.copytree(tmp_path / "whole", tmp_path / "stopped")
+    last = max((tmp_path / "stopped" / "checkpoints").iterdir(), key=lambda path: int(path.name))
+    shutil.rmtree(last)
+    assert finetune(folder, tmp_path / "stopped", *flags).returncode == 0
+    whole, stopped = (by_name(load_parameters(tmp_path / name)[1]) for name in ("whole", "stopped"))
+    for name in whole:
+        np.testing.assert_array_equal(whole[name], stopped[name])
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--train=subset"], "--train=subset needs --subset=FILE"),
+        (["--new_experts=2"], "--train=all with --new_experts=2: fresh experts and --train=new belong together"),
+        (["--train=some"], "--train='some' is not one of"),
+        (["--epochs=0"], "--epochs=0.0 must be positive"),
+        (["--config.optimiser.learning_rate=1"], "There is no config field 'optimiser.learning_rate'"),
+    ],
+)
+def test_a_mistake_is_told_in_words(folder, tmp_path, flags, words):
+    done = finetune(folder, tmp_path / "x", *flags)
+    assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
+
+
+def test_another_models_subset_and_examples_without_answers_are_refused(folder, tmp_path):
+    (tmp_path / "foreign.json").write_text(Subset(KEPT, "0123").to_json())
+    done = finetune(folder, tmp_path / "x", f"--subset={tmp_path / 'foreign.json'}")
+    assert done.returncode == 2 and "The subset was chosen for the model 0123" in done.stderr
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "answer": "b"}\n{"prompt": "a"}\n')
+    done = finetune(folder, tmp_path / "x", f"--data={tmp_path / 'bad.jsonl'}")
+    assert done.returncode == 2 and "bad.jsonl:2 has no string field 'answer'" in done.stderr
