@@ -28,6 +28,7 @@ setup(
         "orbax-checkpoint>=0.11",
         "grain>=0.2.15",
         "tensorflow-datasets>=4.9.9",
+        "tensorstore>=0.1.84",
         "chex>=0.1.91",
         "absl-py>=2.3",
         "ml_collections>=1.1",
@@ -52,6 +53,7 @@ setup(
             "ruff>=0.12",
             "mypy>=1.16",
             "playwright>=1.50",
+            "lm_eval>=0.4.13",  # tests run the real one: a stand-in would not notice what it changes
             # Compiles for TPUs on a machine without one. libtpu has wheels for this platform only.
             f"jax[tpu]{JAX_RANGE}; sys_platform == 'linux' and platform_machine == 'x86_64'",
         ],

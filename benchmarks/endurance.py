@@ -73,7 +73,8 @@ def lines(workdir: Path) -> list[str]:
 
 def computed(workdir: Path) -> tuple[list[dict], dict]:
     """Every logged number but the clock's, and the bits of the last parameters."""
-    from emo_jax.training.checkpoints import checksums, load_parameters
+    from emo_jax.training.checkpoints import checksums
+    from emo_jax.training.weights import load_parameters
 
     logged = [{key: value for key, value in json.loads(line).items() if key != "timing"} for line in lines(workdir)]
     return logged, checksums(load_parameters(workdir)[1])

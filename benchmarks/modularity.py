@@ -134,7 +134,7 @@ def measure(config: Config, run_dir: Path, corpus: Path) -> dict[str, Any]:
     from emo_jax.data import Split, domain_batches, encode, open_store
     from emo_jax.modularity import measure_retention, specificity
     from emo_jax.modularity.retention import SubsetLosses
-    from emo_jax.training.checkpoints import load_parameters
+    from emo_jax.training.weights import load_parameters
 
     _, params, _ = load_parameters(run_dir)
     store = open_store(config.data.cache_dir)

@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 from tokenizers import Tokenizer
 
 from emo_jax.errors import UserError, require
-from emo_jax.interop import read_config, read_parameters
+from emo_jax.interop import read_config, read_parameters, read_routers
 from emo_jax.interop.huggingface import CONFIG_FILE, read_json
 from emo_jax.model import Kept, ModelConfig, bind
 from emo_jax.model.functional import Parameters
@@ -49,6 +49,11 @@ class Model:
             return ""
         return Tokenizer.from_file(str(self.tokenizer)).id_to_token(self.end_of_text_id) or ""
 
+    @property
+    def fingerprint(self) -> str:
+        """Tells models apart, see `Subset.model`."""
+        return fingerprint(self.config, self.params)
+
     def apply_subset(self, subset: Subset | None, *, renormalized: bool = True) -> "Model":
         """This model confined to a subset of its experts, as a mask: free, and None takes it off again.
 
@@ -62,7 +67,7 @@ class Model:
         model = copy.copy(self)
         model.subset, model._kept = subset, None
         if subset is not None:
-            subset.check(self.config, fingerprint(self.config, self.params))
+            subset.check(self.config, self.fingerprint)
             model._kept = kept_masks(self.config, subset, renormalized=renormalized)
         return model
 
@@ -73,6 +78,20 @@ class Model:
           UserError: as `apply_subset`.
         """
         return Model(*cut(self.config, self.params, subset), self.tokenizer, self.end_of_text_id)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes a folder that `load` reads and a run can start from (`train.init_from`).
+
+        A subset that is applied is not part of it: `cut` makes a model that holds no more.
+
+        Raises:
+          UserError: where the folder holds something already.
+        """
+        from emo_jax.config import Config, DataConfig, PoolConfig
+        from emo_jax.training import weights
+
+        run = Config(model=self.config, pool=PoolConfig(kind="none"), data=DataConfig(end_of_text=self.end_of_text))
+        weights.save_model(Path(folder), run, self.params, self.tokenizer)
 
     def __call__(self, tokens: ArrayLike, document_ids: ArrayLike | None = None) -> jax.Array:
         """Next-token logits [B, S, V], float32 (or wider), without a document pool; compiled once a shape.
@@ -103,15 +122,16 @@ class Model:
         return self._forward(self.params, tokens_BS, ids_BS, self._kept)
 
 
-def load(path: str | Path) -> Model:
+def load(path: str | Path, subset: Subset | str | Path | None = None) -> Model:
     """Reads a model from disk.
 
     Args:
       path: a Hugging Face folder (`config.json` with `model_type`, safetensors), or a run directory of
         `emo_jax.train` (its newest checkpoint).
+      subset: of this model, or its file: the model is cut to it while it is read, and no other expert is.
 
     Raises:
-      UserError: the path is neither, or what is there cannot be read.
+      UserError: the path is neither, or what is there cannot be read; the subset is another model's.
     """
     path = Path(path)
     looked_for = (
@@ -121,15 +141,23 @@ def load(path: str | Path) -> Model:
     require(path.is_dir(), f"{path} is not a folder; looked for {looked_for}.")
     require((path / CONFIG_FILE).is_file(), f"{path} has no {CONFIG_FILE}; looked for {looked_for}.")
     values = read_json(path / CONFIG_FILE)
+    subset = subset if subset is None or isinstance(subset, Subset) else Subset.load(subset)
+    kept = subset.experts if subset is not None else None
     tokenizer = path / "tokenizer.json" if (path / "tokenizer.json").is_file() else None
     if "model_type" in values:
         config = read_config(path)
+        if subset is not None:
+            subset.check(config, fingerprint(config, read_routers(path, config)))
         end = values.get("eos_token_id")
-        return Model(config, read_parameters(path, config), tokenizer, end if isinstance(end, int) else -1)
+        params = read_parameters(path, config, kept)
+        config = config if subset is None else config.with_routed_experts([len(experts) for experts in subset.experts])
+        return Model(config, params, tokenizer, end if isinstance(end, int) else -1)
     if "model" in values:
-        from emo_jax.training import checkpoints  # here, because Orbax takes seconds to import
+        from emo_jax.training import weights  # here, because Orbax takes seconds to import
 
-        run, params, _ = checkpoints.load_parameters(path)
+        if subset is not None:
+            subset.check(weights.saved_model(path), weights.saved_fingerprint(path))
+        run, params, _ = weights.load_parameters(path, kept=kept)
         end = None
         if tokenizer and run.data.end_of_text:
             end = Tokenizer.from_file(str(tokenizer)).token_to_id(run.data.end_of_text)

@@ -29,6 +29,12 @@ def define_config() -> flags.FlagHolder:
     return config_flags.DEFINE_config_file("config", help_string="File with get_config(), such as configs/emo_tiny.py.")
 
 
+def define_recipe(recipe: Config) -> flags.FlagHolder:
+    """Defines `--config.section.field=value` over a config that is there already; a mistake ends the program."""
+    _check_flags()
+    return config_flags.DEFINE_config_dataclass("config", recipe)
+
+
 def run(main: Callable[[], int | None]) -> None:
     """Parses flags, runs `main` and exits with its status; a `UserError` is printed without a traceback, status 2.
 
@@ -52,11 +58,7 @@ def run(main: Callable[[], int | None]) -> None:
             print("\nInterrupted.", file=sys.stderr)
             return 130
 
-    try:
-        _check_overrides(sys.argv[1:])
-    except UserError as error:  # before absl, whose own answer is a KeyError
-        print(f"Error: {error}", file=sys.stderr)
-        sys.exit(2)
+    _check_flags()
     app.run(guarded)
 
 
@@ -71,6 +73,15 @@ def check_config(config: object) -> Config:
     if not isinstance(config, Config):
         raise UserError(f"get_config() of --config returned a {type(config).__name__}, not an emo_jax.config.Config.")
     return config
+
+
+def _check_flags() -> None:
+    """Ends the program where an override cannot work: before absl, whose own answer is a KeyError."""
+    try:
+        _check_overrides(sys.argv[1:])
+    except UserError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def _check_overrides(argv: list[str]) -> None:

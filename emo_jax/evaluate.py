@@ -61,7 +61,9 @@ def main() -> int:
     else:
         model.apply_subset(subset)  # refuses another model's
         renormalized = _WEIGHTS.value == "renormalized"
-        table = tables.subset_table(losses, subset, renormalized=renormalized, ablate=bool(_ABLATE.value))
+        full, ablate = losses.full(), bool(_ABLATE.value)
+        changed = {name: losses.under(subset, name, renormalized=renormalized, ablate=ablate) for name in full}
+        table = tables.change_table(full, changed)
         made = {f"{'without' if _ABLATE.value else 'with'} the experts of {file}": table}
     if sizes:
         calibration, _ = read(_CALIBRATION.value, documents=_CALIBRATE.value)

@@ -2,9 +2,10 @@
 
 The data are JSON lines with `prompt` and `answer` (the answers alone are learnt) or `text`. By default everything is
 trained, with the recipe of the paper: one epoch, 32 examples a step, AdamW at 5e-5, a tenth of the steps warm-up, then
-linearly to 0, no pools, no balance loss. `--subset=FILE` trains the model cut to it; with `--train=subset` only those
-experts inside the frozen whole model; `--train=new --new_experts=8` only so many fresh experts a layer. Fields of the
-run can be set as in `emo_jax.train`: `--config.optimizer.learning_rate=1e-4`. The same command goes on where it stopped.
+linearly to 0, no pools, a balance loss of weight 0.01. `--subset=FILE` trains the model cut to it; with
+`--train=subset` only those experts inside the frozen whole model; `--train=new --new_experts=8` only so many fresh
+experts a layer. Fields of the run can be set as in `emo_jax.train`: `--config.optimizer.learning_rate=1e-4`. The same
+command goes on where it stopped; `emo_jax.merge` puts a cut model back.
 """
 
 import dataclasses
@@ -14,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from absl import flags
-from ml_collections import config_flags
 
 from emo_jax import cli
 from emo_jax.config import BalanceConfig, Config, DataConfig, OptimizerConfig, PoolConfig, TrainConfig
-from emo_jax.errors import UserError, require, require_choice
+from emo_jax.errors import require, require_choice
 
 TRAINED = ("all", "subset", "new")
 
@@ -27,18 +27,18 @@ def recipe() -> Config:
     """The paper's, as the public code has it; what depends on the model and the data is filled in later."""
     return Config(
         pool=PoolConfig(kind="none"),
-        balance=BalanceConfig(weight=0.0, router_z_weight=0.0),
+        balance=BalanceConfig(weight=0.01, router_z_weight=0.0),
         data=DataConfig(
             source="examples", packing="best_fit", batch_size=32, max_documents=1, max_document_bytes=2**30
         ),
         optimizer=OptimizerConfig(
             learning_rate=5e-5, schedule="linear", final_fraction=0.0, beta2=0.999, weight_decay=0.0
         ),
-        train=TrainConfig(logits_z_weight=0.0, eval_every=0),
+        train=TrainConfig(logits_z_weight=0.0, eval_every=0, guard_window=0),
     )
 
 
-_CONFIG = config_flags.DEFINE_config_dataclass("config", recipe())
+_CONFIG = cli.define_recipe(recipe())
 _MODEL = flags.DEFINE_string("model", None, "Run directory or Hugging Face folder to start from.", required=True)
 _DATA = flags.DEFINE_string("data", None, "JSON lines: prompt and answer, or text; optional domain.", required=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run, which is the fine-tuned model.", required=True)
@@ -90,23 +90,22 @@ def main() -> int:
 
 def _configure(config: Config, subset: Any) -> Config:
     """The recipe for this model: its geometry, what is cut, added and trained."""
-    from emo_jax.api import load
-    from emo_jax.training.start import changed_model
+    from emo_jax.training.start import changed_model, origin_model
+    from emo_jax.training.weights import end_of_text, saved_fingerprint
 
-    model = load(_MODEL.value)  # the subset's fingerprint is of the whole model's routers
-    if model.tokenizer is None:
-        raise UserError(f"--model={_MODEL.value} has no tokenizer.json; put the one it was trained with there.")
+    folder = Path(_MODEL.value)
+    whole = origin_model(folder)
     experts: tuple[str, ...] = ()
     if subset is not None:
-        model.apply_subset(subset)  # refuses another model's
+        subset.check(whole, saved_fingerprint(folder))
         experts = tuple(" ".join(map(str, layer)) for layer in subset.experts)
     kept = () if _TRAIN.value == "subset" else experts
-    changed = changed_model(model.config, kept, _NEW.value)
+    changed = changed_model(whole, kept, _NEW.value)
     trained = experts if _TRAIN.value == "subset" else ()
     if _NEW.value:
         trained = tuple(" ".join(map(str, range(routed - _NEW.value, routed))) for routed in changed.routed_experts)
     made = dataclasses.replace(config, model=changed)
-    made.data = dataclasses.replace(config.data, path=_DATA.value, end_of_text=model.end_of_text)
+    made.data = dataclasses.replace(config.data, path=_DATA.value, end_of_text=end_of_text(folder))
     made.optimizer = dataclasses.replace(config.optimizer, trainable_experts=trained)
     made.train = dataclasses.replace(config.train, init_from=_MODEL.value, keep_experts=kept, new_experts=_NEW.value)
     return made

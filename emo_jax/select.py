@@ -10,7 +10,7 @@ from pathlib import Path
 from absl import flags
 
 from emo_jax import cli
-from emo_jax.errors import UserError, require
+from emo_jax.errors import UserError, require, require_choice
 
 _MODEL = flags.DEFINE_string("model", "", "Run directory or Hugging Face folder.")
 _DATA = flags.DEFINE_list("data", [], "Calibration files, one a task; several tasks count alike.")
@@ -22,6 +22,7 @@ _MASS = flags.DEFINE_float("mass", 0.0, "With --budget=mass: share of each layer
 _GREEDY = flags.DEFINE_bool(
     "greedy", True, "Layer by layer on the already cut model (one task, not --budget=variable)."
 )
+_TOKENS = flags.DEFINE_string("tokens", "answers", "Which count: answers (of a text all), or all, prompts included.")
 _DOMAIN = flags.DEFINE_string("domain", "", "Use only examples of this domain.")
 _DOCUMENTS = flags.DEFINE_integer("documents", 0, "Use the first so many examples of each file; 0: all.")
 _SEQUENCE = flags.DEFINE_integer("sequence_length", 1024, "Tokens in a row.")
@@ -55,6 +56,7 @@ def _selected():
     require(bool(_MODEL.value), "--model is empty; give a run directory or a Hugging Face folder, or --compose.")
     random = _METHOD.value == "random"
     require(random or bool(_DATA.value), "--data is empty; give the texts of the task, or --method=random.")
+    require_choice("--tokens", _TOKENS.value, ("answers", "all"))
     for path in _DATA.value:
         require(bool(path), "--data holds an empty name.")
     from tokenizers import Tokenizer
@@ -63,7 +65,8 @@ def _selected():
     from emo_jax.data import example_batches, read_examples
     from emo_jax.modularity import select
 
-    tasks = [read_examples(path, domain=_DOMAIN.value, documents=_DOCUMENTS.value) for path in _DATA.value]
+    whole = _TOKENS.value == "all"
+    tasks = [read_examples(path, domain=_DOMAIN.value, documents=_DOCUMENTS.value, whole=whole) for path in _DATA.value]
     model = load(_MODEL.value)
     if tasks and model.tokenizer is None:
         raise UserError(f"--model={_MODEL.value} has no tokenizer.json; put the one it was trained with there.")

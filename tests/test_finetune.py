@@ -12,12 +12,14 @@ import pytest
 
 import emo_jax
 from emo_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, PoolConfig, TrainConfig
-from emo_jax.modularity import Subset, fingerprint
+from emo_jax.data import examples_by_domain
+from emo_jax.errors import UserError
+from emo_jax.modularity import Subset, SubsetLosses, fingerprint
 from emo_jax.training import train
-from emo_jax.training.checkpoints import load_parameters
+from emo_jax.training.weights import load_parameters
 
 RNG = np.random.default_rng(0)
-WORDS = "simmer onions butter stock salt pepper keel wind mast".split()
+WORDS = ["simmer", "onions", "butter", "stock", "salt", "pepper", "keel", "wind", "mast"]
 KEPT = ((0, 2, 5), (1, 3, 4, 6))
 
 
@@ -47,10 +49,15 @@ def folder(tmp_path_factory):
 
 
 def finetune(folder, workdir, *flags):
+    own = [f"--model={folder / 'run'}", f"--workdir={workdir}", f"--data={folder / 'task.jsonl'}"]
+    own += ["--config.data.sequence_length=24", "--config.data.batch_size=16"]
+    own += ["--config.optimizer.learning_rate=0.01", "--config.optimizer.weight_decay=0.1"]
+    return run_main("finetune", *own, *flags)
+
+
+def run_main(module, *flags):
     variables = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    command = [sys.executable, "-m", "emo_jax.finetune", f"--model={folder / 'run'}", f"--workdir={workdir}"]
-    command += [f"--data={folder / 'task.jsonl'}", "--config.data.sequence_length=24", "--config.data.batch_size=16"]
-    command += ["--config.optimizer.learning_rate=0.01", "--config.optimizer.weight_decay=0.1", *map(str, flags)]
+    command = [sys.executable, "-m", f"emo_jax.{module}", *map(str, flags)]
     return subprocess.run(
         command, capture_output=True, text=True, timeout=200, env=variables | {"JAX_PLATFORMS": "cpu"}
     )
@@ -90,8 +97,40 @@ def test_a_subset_is_trained_as_the_model_cut_to_it(folder, tmp_path):
     assert all((cut[name] != new[name]).any() for name in cut)
     assert all(np.abs(cut[name] - new[name]).max() < 0.1 for name in cut)  # steps away, not drawn anew
     assert Subset.load(tmp_path / "tuned" / "subset.json").experts == KEPT
+    merge_it_back(folder, tmp_path, new)
     results = json.loads((tmp_path / "tuned" / "finetune.json").read_text())
     assert results["after"]["loss"] < results["before"]["loss"]
+
+
+def merge_it_back(folder, tmp_path, new):
+    """What `emo_jax.merge` makes of a fine-tuned subset, and what it refuses."""
+    flags = [f"--tuned={tmp_path / 'tuned'}", f"--out={tmp_path / 'merged'}", f"--data={folder / 'task.jsonl'}"]
+    done = run_main("merge", *flags, "--documents=20", "--sequence_length=64", "--noshared")
+    assert done.returncode == 0, done.stderr
+    old, merged = by_name(emo_jax.load(folder / "run").params), by_name(emo_jax.load(tmp_path / "merged").params)
+    for name in old:
+        if "routed" in name or "router" in name:
+            kept, axis = list(KEPT[int(name.split("/")[1])]), 1 if "router" in name else 0
+            rest = [e for e in range(7) if e not in kept]
+            np.testing.assert_array_equal(merged[name].take(kept, axis), new[name])
+            np.testing.assert_array_equal(merged[name].take(rest, axis), old[name].take(rest, axis))
+        else:
+            np.testing.assert_array_equal(merged[name], old[name])
+    line = next(line for line in done.stdout.splitlines() if line.startswith("next")).split()
+    batches, _ = examples_by_domain(
+        str(folder / "task.jsonl"), folder / "run" / "tokenizer.json", 0, documents=20, sequence_length=64, batch_size=8
+    )
+    for column, run in ((1, folder / "run"), (2, tmp_path / "merged")):
+        model = emo_jax.load(run)
+        full = SubsetLosses(model.config, model.params, batches).full()["next"]
+        np.testing.assert_allclose(float(line[column]), full.loss, atol=6e-4)
+    refused = run_main("merge", *flags)
+    assert refused.returncode == 2 and "merged holds something already" in refused.stderr
+    refused = run_main("merge", f"--tuned={folder / 'run'}", f"--out={tmp_path / 'x'}")
+    assert refused.returncode == 2 and "has no subset.json" in refused.stderr
+    # A merged model is a folder to start from, not a run to continue.
+    with pytest.raises(UserError, match="holds a model's weights, not a run's state"):
+        train(Config.from_json((tmp_path / "merged" / "config.json").read_text()), tmp_path / "merged")
 
 
 def test_a_subsets_experts_alone_are_trained_inside_the_frozen_model(folder, tmp_path):

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-from emo_jax.training.checkpoints import load_parameters
+from emo_jax.training.weights import load_parameters
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = {

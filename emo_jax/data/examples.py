@@ -11,10 +11,10 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from emo_jax.data.packing import pack_rows, row
-from emo_jax.data.sources import json_objects
+from emo_jax.data.sources import example_documents
 from emo_jax.data.store import Split
 from emo_jax.data.tokenizer import encode
-from emo_jax.errors import UserError, require
+from emo_jax.errors import require
 
 Batch = dict[str, np.ndarray]
 
@@ -25,42 +25,34 @@ class Example(NamedTuple):
     Attributes:
       prompt: what is given; empty for a document.
       answer: what is asked for.
-      domain: "" for none.
+      domain: its label; "text" where it has none.
     """
 
     prompt: str
     answer: str
-    domain: str = ""
+    domain: str
 
 
-def read_examples(path: str, *, domain: str = "", documents: int = 0) -> list[Example]:
+def read_examples(path: str, *, domain: str = "", documents: int = 0, whole: bool = False) -> list[Example]:
     """JSON lines with `text`, or with `prompt` and `answer`, and an optional `domain`.
 
     Args:
       path: file, folder or glob, each file plain, `.gz` or `.zst`.
       domain: only examples of it; empty: all.
       documents: the first so many; 0: all.
+      whole: prompts are asked for as well as answers.
 
     Raises:
       UserError: where a line holds neither, or nothing is left.
     """
     examples: list[Example] = []
     found: set[str] = set()
-    for value, where in json_objects(path):
-        own = value.get("domain", "")
+    for text, own, answer in example_documents(path):
         found.add(own)
         if domain and own != domain:
             continue
-        fields = [value.get(name) for name in ("prompt", "answer", "text")]
-        if isinstance(fields[0], str) and isinstance(fields[1], str):
-            examples.append(Example(fields[0], fields[1], own))
-        elif isinstance(fields[2], str):
-            if fields[2].strip():
-                examples.append(Example("", fields[2], own))
-        else:
-            raise UserError(
-                f"{where} has neither a text nor a prompt with an answer; its fields are {', '.join(value)}."
-            )
+        data, start = text.encode(), 0 if whole else answer
+        examples.append(Example(data[:start].decode(), data[start:].decode(), own))
         if documents and len(examples) == documents:
             break
     known = f"; its domains are {', '.join(sorted(map(repr, found)))}" if domain else ""
@@ -120,7 +112,7 @@ def example_batches(
 def examples_by_domain(
     path: str, tokenizer: Path, end_of_text_id: int, *, documents: int = 0, sequence_length: int, batch_size: int
 ) -> tuple[dict[str, list[Batch]], dict[str, int]]:
-    """Batches of each domain of a file, and the UTF-8 bytes of their answers; "all" is the domain of lines without.
+    """Batches of each domain of a file, and the UTF-8 bytes of their answers.
 
     Args:
       path: see `read_examples`.
@@ -132,7 +124,7 @@ def examples_by_domain(
     loaded = Tokenizer.from_file(str(tokenizer))
     by_domain: dict[str, list[Example]] = {}
     for example in read_examples(path):
-        by_domain.setdefault(example.domain or "all", []).append(example)
+        by_domain.setdefault(example.domain, []).append(example)
     batches, sizes = {}, {}
     for name in sorted(by_domain):
         used = by_domain[name][: documents or None]

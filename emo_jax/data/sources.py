@@ -57,29 +57,14 @@ def jsonl_documents(path: str, text_field: str = "text") -> Iterator[Document]:
     Raises:
       UserError: naming file and line of what is not JSON, not UTF-8, or lacks a text.
     """
-    for value, where in json_objects(path, text_field):
+    for value, where in _objects(path, text_field):
         document = _document(value, where, text_field)
         if document.text.strip():
             yield document
 
 
-def json_objects(path: str, field: str = "text") -> Iterator[tuple[dict[str, Any], str]]:
-    """Yields each line's object and where it stands (file and number), in the files that `jsonl_documents` reads.
-
-    Args:
-      path: as there.
-      field: named in the error about a line that is no object.
-
-    Raises:
-      UserError: naming file and line of what is not UTF-8 or no JSON object.
-    """
-    for file, _ in _find(path, _JSONL):
-        for number, line in _lines(file):
-            yield _parse(line, f"{file}:{number}", field), f"{file}:{number}"
-
-
 def example_documents(path: str) -> Iterator[Document]:
-    """Yields each line's `prompt` with its `answer` behind it, or its `text`; an optional `domain`.
+    """Yields each line's `prompt` with its `answer` behind it, or its `text`; `domain` is optional.
 
     Args:
       path: as in `jsonl_documents`.
@@ -87,7 +72,7 @@ def example_documents(path: str) -> Iterator[Document]:
     Raises:
       UserError: as there; where an answer is empty.
     """
-    for value, where in json_objects(path, "prompt"):
+    for value, where in _objects(path, "text"):
         if "prompt" not in value:
             document = _document(value, where, "text")
         else:
@@ -97,6 +82,13 @@ def example_documents(path: str) -> Iterator[Document]:
             document = Document(prompt.text + answer.text, prompt.domain, len(prompt.text.encode()))
         if document.text.strip():
             yield document
+
+
+def _objects(path: str, field: str) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yields each line's object and where it stands; `field` is named in the error about a line that is none."""
+    for file, _ in _find(path, _JSONL):
+        for number, line in _lines(file):
+            yield _parse(line, f"{file}:{number}", field), f"{file}:{number}"
 
 
 def tfds_documents(path: str, text_field: str = "text") -> Iterator[Document]:

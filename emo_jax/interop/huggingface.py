@@ -14,7 +14,7 @@ s shared experts, F expert hidden.
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,14 +64,18 @@ class _Tensor(NamedTuple):
       name: published.
       path: of our parameter.
       view: of our parameter (a view, so that it can be written to), in the published layout.
-      unrouted: rows that the published tensor has after those: the router's, of the shared experts.
+      rows: that the published tensor has, where they are not those of `view`: a router's.
+      unrouted: the last so many of them, of the shared experts, which ours has not.
+      chosen: which of the others are ours; None: all.
       divisor: ours is the published value divided by it.
     """
 
     name: str
     path: tuple[str, ...]
     view: Callable[[np.ndarray], np.ndarray]
+    rows: int = 0
     unrouted: int = 0
+    chosen: tuple[int, ...] | None = None
     divisor: int = 1
 
 
@@ -143,26 +147,49 @@ def read_config(folder: str | Path) -> ModelConfig:
     return config
 
 
-def read_parameters(folder: str | Path, config: ModelConfig) -> dict[str, Any]:
+def read_parameters(
+    folder: str | Path, config: ModelConfig, kept: Sequence[Sequence[int]] | None = None
+) -> dict[str, Any]:
     """The folder's weights in our layout: a nested dict of NumPy arrays in the precision of master weights.
 
     Args:
       folder: with `model.safetensors`, or `model.safetensors.index.json` and the files it names.
       config: from `read_config`.
+      kept: routed experts of each mixture layer: the parameters are those of the model cut to them, and no other
+        expert is read. None: all.
 
     Raises:
       UserError: no safetensors file, an unreadable one, or a tensor that is missing, too many, of another shape or
         not floating-point.
     """
-    shapes = abstract_parameters(config)
-    params = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes)
-    views = [(tensor, tensor.view(_leaf(params, tensor.path))) for tensor in _tensors(config)]
+    held = config if kept is None else config.with_routed_experts([len(experts) for experts in kept])
+    params = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), abstract_parameters(held))
+    _fill(Path(folder), config, params, _tensors(config, kept))
+    return params
+
+
+def read_routers(folder: str | Path, config: ModelConfig) -> dict[str, Any]:
+    """The routers alone, at their places among the parameters: enough for a model's fingerprint.
+
+    Raises:
+      UserError: as `read_parameters`.
+    """
+    layers = abstract_parameters(config)["layers"]
+    shapes = {name: {"moe": {"router": layer["moe"]["router"]}} for name, layer in layers.items() if "moe" in layer}
+    params = {"layers": jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes)}
+    _fill(Path(folder), config, params, (tensor for tensor in _tensors(config) if tensor.path[-1] == "router"))
+    return params
+
+
+def _fill(folder: Path, config: ModelConfig, params: dict[str, Any], tensors: Iterable[_Tensor]) -> None:
+    """Reads some of the folder's tensors into arrays that are there."""
+    views = [(tensor, tensor.view(_leaf(params, tensor.path))) for tensor in tensors]
     with contextlib.ExitStack() as stack:
-        holder = _open(Path(folder), stack)
-        _check_names(Path(folder), {tensor.name for tensor, _ in views}, holder.keys())
+        holder = _open(folder, stack)
+        _check_names(folder, {tensor.name for tensor in _tensors(config)}, holder.keys())
         for tensor, view in views:  # all of them before any is read: reading a large model takes minutes
             stored = holder[tensor.name].get_slice(tensor.name)
-            expected = (view.shape[0] + tensor.unrouted, *view.shape[1:])
+            expected = (tensor.rows or view.shape[0], *view.shape[1:])
             found = tuple(stored.get_shape())
             require(
                 found == expected,
@@ -180,10 +207,9 @@ def read_parameters(folder: str | Path, config: ModelConfig) -> dict[str, Any]:
                     f"the shared experts depend on the token; that is not supported. Set those rows to zero to give "
                     f"each shared expert the weight 1/{tensor.unrouted}.",
                 )
-            view[...] = value
+            view[...] = value if tensor.chosen is None else value[list(tensor.chosen)]
             if tensor.divisor != 1:
                 view /= tensor.divisor
-    return params
 
 
 def to_public_names(params: dict[str, Any], config: ModelConfig, *, gradients: bool = False) -> dict[str, np.ndarray]:
@@ -209,8 +235,9 @@ def to_public_names(params: dict[str, Any], config: ModelConfig, *, gradients: b
     return public
 
 
-def _tensors(config: ModelConfig) -> Iterator[_Tensor]:
-    """Every published tensor of such a model."""
+def _tensors(config: ModelConfig, kept: Sequence[Sequence[int]] | None = None) -> Iterator[_Tensor]:
+    """Every published tensor of such a model; with `kept`, those of it cut to these experts, ours renumbered."""
+    chosen = iter(kept or ())
     yield _Tensor("model.embed_tokens.weight", ("embedding",), _same)
     for i, experts in enumerate(config.layer_experts):
         here, ours = f"model.layers.{i}", ("layers", f"{i:02d}")
@@ -220,7 +247,8 @@ def _tensors(config: ModelConfig) -> Iterator[_Tensor]:
             view = _heads_in if own == "out" else _heads_out
             yield _Tensor(f"{here}.self_attn.{public}.weight", (*ours, "attention", own), view)
         if experts:
-            yield from _mixture(f"{here}.mlp", (*ours, "moe"), experts, config)
+            experts_kept = None if kept is None else tuple(next(chosen))
+            yield from _mixture(f"{here}.mlp", (*ours, "moe"), experts, config, experts_kept)
         else:
             for public, own in FEED_FORWARD.items():
                 yield _Tensor(f"{here}.mlp.{public}.weight", (*ours, "ffn", own), np.transpose)
@@ -228,14 +256,16 @@ def _tensors(config: ModelConfig) -> Iterator[_Tensor]:
     yield _Tensor("lm_head.weight", ("head",), np.transpose)
 
 
-def _mixture(here: str, ours: tuple[str, ...], experts: int, config: ModelConfig) -> Iterator[_Tensor]:
-    """The tensors of one mixture layer of E experts."""
+def _mixture(
+    here: str, ours: tuple[str, ...], experts: int, config: ModelConfig, kept: tuple[int, ...] | None
+) -> Iterator[_Tensor]:
+    """The tensors of one mixture layer of E experts, or of those that are kept."""
     shared, hidden = config.num_shared_experts, config.d_expert
     routed = experts - shared
-    yield _Tensor(f"{here}.gate.weight", (*ours, "router"), np.transpose, unrouted=shared)
+    yield _Tensor(f"{here}.gate.weight", (*ours, "router"), np.transpose, routed + shared, shared, kept)
     for public, own in FEED_FORWARD.items():
-        for e in range(routed):
-            yield _Tensor(f"{here}.experts.{e}.{public}.weight", (*ours, "routed", own), _transposed(e))
+        for place, e in enumerate(range(routed) if kept is None else kept):
+            yield _Tensor(f"{here}.experts.{e}.{public}.weight", (*ours, "routed", own), _transposed(place))
         for j in range(shared):
             name = f"{here}.experts.{routed + j}.{public}.weight"
             part = slice(j * hidden, (j + 1) * hidden)

@@ -1,6 +1,7 @@
 """What the model is, as numbers: architecture, document pools, router losses."""
 
 import dataclasses
+from collections.abc import Sequence
 
 from emo_jax.errors import require, require_choice
 
@@ -77,6 +78,13 @@ class ModelConfig:
     def num_choices(self) -> int:
         """C: routed experts a token uses."""
         return self.top_k - self.num_shared_experts
+
+    def with_routed_experts(self, counts: Sequence[int]) -> "ModelConfig":
+        """The same model with other numbers of routed experts, one a mixture layer."""
+        left = iter(counts)
+        totals = tuple(next(left) + self.num_shared_experts if experts else 0 for experts in self.layer_experts)
+        equal = len(set(totals)) == 1
+        return dataclasses.replace(self, num_experts=max(totals), experts_per_layer=() if equal else totals)
 
     def validate(self) -> None:
         """Raises `UserError` naming the first field that cannot work."""

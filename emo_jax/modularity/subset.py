@@ -148,20 +148,15 @@ def cut(config: ModelConfig, params: Any, subset: Subset) -> tuple[ModelConfig, 
     """
     subset.check(config, fingerprint(config, params))
     remaining = iter(subset.experts)
-    layers, counts = {}, []
+    layers = {}
     for (name, layer), experts in zip(sorted(params["layers"].items()), config.layer_experts, strict=True):
         if experts:
             kept = np.array(next(remaining))
             moe = layer["moe"]
             routed = {key: value[kept] for key, value in moe["routed"].items()}
             layer = layer | {"moe": moe | {"routed": routed, "router": moe["router"][:, kept]}}
-            experts = len(kept) + config.num_shared_experts
         layers[name] = layer
-        counts.append(experts)
-    same = len({count for count in counts if count}) == 1 and 0 not in counts
-    smaller = dataclasses.replace(config, num_experts=max(counts), experts_per_layer=() if same else tuple(counts))
-    smaller.validate()
-    return smaller, params | {"layers": layers}
+    return config.with_routed_experts([len(kept) for kept in subset.experts]), params | {"layers": layers}
 
 
 def merge_back(

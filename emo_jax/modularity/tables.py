@@ -6,8 +6,7 @@ import math
 from typing import Any
 
 from emo_jax.evaluation import Loss
-from emo_jax.modularity.retention import WEIGHTINGS, Retention, SubsetLosses, specificity
-from emo_jax.modularity.subset import Subset
+from emo_jax.modularity.retention import WEIGHTINGS, Retention, specificity
 
 Table = list[list[Any]]
 
@@ -26,12 +25,12 @@ def loss_table(full: dict[str, Loss], sizes: dict[str, int]) -> Table:
     return table
 
 
-def subset_table(losses: SubsetLosses, subset: Subset, *, renormalized: bool = True, ablate: bool = False) -> Table:
-    """Each domain with all experts, and with the subset's (or all but those)."""
-    table: Table = [["domain", "full loss", "loss", "change", "full accuracy", "accuracy", "tokens"]]
-    for name, full in losses.full().items():
-        new = losses.under(subset, name, renormalized=renormalized, ablate=ablate)
-        table.append([name, full.loss, new.loss, new.loss - full.loss, full.accuracy, new.accuracy, full.tokens])
+def change_table(before: dict[str, Loss], after: dict[str, Loss]) -> Table:
+    """Each domain's loss and accuracy before and after something was done to a model."""
+    table: Table = [["domain", "loss before", "after", "change", "accuracy before", "after", "tokens"]]
+    for name, old in before.items():
+        new = after[name]
+        table.append([name, old.loss, new.loss, new.loss - old.loss, old.accuracy, new.accuracy, old.tokens])
     return table
 
 

@@ -11,15 +11,16 @@ from typing import Any
 import grain
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
 from emo_jax.config import Config
 from emo_jax.errors import UserError, require
-from emo_jax.model import PoolConfig, abstract_parameters
+from emo_jax.model import PoolConfig
 from emo_jax.training.step import TrainState, abstract_state
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 _MIN_CHUNK_BYTES = 2**18
 """Smaller chunks cost more than the reading they save."""
@@ -55,9 +56,9 @@ class Checkpoints:
         tree = state._asdict()
         meta = self._origin | {"checksums": checksums(tree), "iterator": _as_json(iterator.get_state())}
         items = ocp.args.Composite(
-            state=ocp.args.StandardSave(tree, save_args=jax.tree.map_with_path(_chunks, tree)),
+            state=ocp.args.StandardSave(tree, save_args=jax.tree.map_with_path(chunks, tree)),
             data=grain.checkpoint.CheckpointSave(iterator),
-            meta=ocp.args.JsonSave({"content": meta, "sha256": _digest(meta)}),
+            meta=ocp.args.JsonSave({"content": meta, "sha256": digest(meta)}),
         )
         self._manager.save(int(state.step), args=items)
 
@@ -84,7 +85,7 @@ class Checkpoints:
             except Exception as error:  # whatever a library says of a broken file
                 iterator.set_state(start)
                 aside = self._folder.with_name("damaged_checkpoints") / str(step)
-                log(f"The checkpoint of step {step} is damaged ({_first_line(error)}); moving it to {aside}.")
+                log(f"The checkpoint of step {step} is damaged ({first_line(error)}); moving it to {aside}.")
                 self._manager.close()
                 aside.parent.mkdir(exist_ok=True)
                 shutil.rmtree(aside, ignore_errors=True)
@@ -94,7 +95,7 @@ class Checkpoints:
         return None
 
     def _restore(self, step: int, mesh: Mesh, iterator: grain.DatasetIterator) -> TrainState:
-        meta = _read_meta(self._manager, step)
+        meta = read_meta(self._manager, step)
         for name, ours in self._origin.items():
             require(
                 meta.get(name) == ours,
@@ -108,7 +109,7 @@ class Checkpoints:
                 state=ocp.args.StandardRestore(abstract), data=grain.checkpoint.CheckpointRestore(iterator)
             ),
         )
-        _check(restored.state, meta["checksums"])
+        check(restored.state, meta["checksums"])
         if _as_json(iterator.get_state()) != meta["iterator"]:
             raise DamagedError("the data iterator's place is not the one that was saved")
         return TrainState(**restored.state)
@@ -127,41 +128,76 @@ class DamagedError(Exception):
 
 
 @jax.jit
-def _sums(leaves: list[jax.Array]) -> list[jax.Array]:
-    def total(leaf: jax.Array) -> jax.Array:
+def _sums(leaves: list[jax.Array], rows: list[jax.Array]) -> list[jax.Array]:
+    def total(leaf: jax.Array, rows: jax.Array) -> jax.Array:
+        leaf = leaf.reshape(1) if leaf.ndim == 0 else leaf
         bits = jax.lax.bitcast_convert_type(leaf, {1: jnp.uint8, 2: jnp.uint16}.get(leaf.dtype.itemsize, jnp.uint32))
         # Place times bits, modulo 2^32: any sharding gives the same sum, and one changed word always changes it.
         place = jnp.zeros(bits.shape, jnp.uint32)
         stride = 1
-        for axis in reversed(range(bits.ndim)):
+        for axis in reversed(range(1, bits.ndim)):
             place += jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * jnp.uint32(stride % 2**32)
             stride *= bits.shape[axis]
-        return (bits.astype(jnp.uint32) * (2 * place + 1)).sum(dtype=jnp.uint32)
+        place += jnp.expand_dims(rows, tuple(range(1, bits.ndim))) * jnp.uint32(stride % 2**32)
+        return (bits.astype(jnp.uint32) * (2 * place + 1)).sum(range(1, bits.ndim), dtype=jnp.uint32)
 
-    return [total(leaf) for leaf in leaves]
+    return [total(*pair) for pair in zip(leaves, rows, strict=True)]
 
 
-def checksums(tree: Any) -> dict[str, int]:
-    """A 32-bit checksum of each array by its path, computed where the array lives; independent of its sharding."""
+def checksums(tree: Any, experts: dict[str, np.ndarray] | None = None) -> dict[str, int | list[int]]:
+    """32-bit checksums of each array by its path, computed where it lives and independent of its sharding.
+
+    A stack of experts has one checksum an expert, so that a part of it can be checked.
+
+    Args:
+      tree: nested dict of arrays.
+      experts: of a stack that is a part of another, the places of its experts there, by path.
+    """
     paths, leaves = zip(*jax.tree.leaves_with_path(tree), strict=True)
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path in paths]
-    return dict(zip(names, map(int, jax.device_get(_sums(list(leaves)))), strict=True))
+    rows = [
+        np.asarray((experts or {}).get(name, np.arange(len(leaf) if leaf.ndim else 1)), np.uint32)
+        for name, leaf in zip(names, leaves, strict=True)
+    ]
+    sums = jax.device_get(_sums(list(leaves), rows))
+    return {
+        name: sum_N.tolist() if _stacked(path, leaf) else int(sum_N.sum(dtype=np.uint32))
+        for name, path, leaf, sum_N in zip(names, paths, leaves, sums, strict=True)
+    }
 
 
-def _check(tree: Any, expected: dict[str, int]) -> None:
-    for name, value in checksums(tree).items():
-        if expected.get(name) != value:
-            raise DamagedError(f"{name} has checksum {value}, not {expected.get(name)}")
+def _stacked(path: tuple, leaf: Any) -> bool:
+    return leaf.ndim == 3 and any(getattr(key, "key", None) == "routed" for key in path)
 
 
-def _read_meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+def check(tree: Any, expected: dict[str, Any], experts: dict[str, np.ndarray] | None = None) -> None:
+    """Compares arrays, or some experts of theirs (see `checksums`), with the checksums of their checkpoint.
+
+    Raises:
+      DamagedError: naming the first array that differs.
+    """
+    for name, value in checksums(tree, experts).items():
+        wanted = expected.get(name)
+        if experts and name in experts and wanted is not None:
+            wanted = [wanted[expert] for expert in experts[name]]
+        if wanted != value:
+            raise DamagedError(f"{name} does not have the checksum it was saved with")
+
+
+def read_meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+    """What is kept beside a checkpoint's arrays: format, tokenizer, checksums.
+
+    Raises:
+      DamagedError: where it is not what was saved.
+    """
     saved = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
-    if saved["sha256"] != _digest(saved["content"]):
+    if saved["sha256"] != digest(saved["content"]):
         raise DamagedError("its metadata is not what was saved")
     return saved["content"]
 
 
-def _digest(meta: dict[str, Any]) -> str:
+def digest(meta: dict[str, Any]) -> str:
+    """Of the metadata itself."""
     return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
@@ -170,14 +206,14 @@ def _as_json(state: Any) -> Any:
     return json.loads(state) if isinstance(state, bytes | str) else json.loads(json.dumps(state))
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What a library says of a broken file, in short."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
-def _chunks(path: tuple, leaf: jax.Array) -> ocp.SaveArgs:
+def chunks(path: tuple, leaf: jax.Array) -> ocp.SaveArgs:
     """One chunk an expert for stacked expert weights, so that a subset reads only what it keeps."""
-    stacked = leaf.ndim == 3 and any(getattr(key, "key", None) == "routed" for key in path)
-    expert_bytes = leaf.nbytes // leaf.shape[0] if stacked else 0
+    expert_bytes = leaf.nbytes // leaf.shape[0] if _stacked(path, leaf) else 0
     if expert_bytes < _MIN_CHUNK_BYTES:
         return ocp.SaveArgs()
     return ocp.SaveArgs(chunk_byte_size=expert_bytes, shard_axes=(0,))
@@ -186,50 +222,6 @@ def _chunks(path: tuple, leaf: jax.Array) -> ocp.SaveArgs:
 def saved_steps(run_dir: Path) -> list[int]:
     """Steps of the complete checkpoints of a run, ascending; reads nothing but names."""
     return sorted(int(path.name) for path in (Path(run_dir) / "checkpoints").glob("*") if path.name.isdigit())
-
-
-def load_parameters(run_dir: Path, shardings: Any = None) -> tuple[Config, dict[str, Any], int]:
-    """Config, parameters and step of a run's newest checkpoint.
-
-    Args:
-      run_dir: of the run.
-      shardings: where each parameter goes; None: the default device.
-
-    Raises:
-      UserError: where the folder is no run or has no checkpoint.
-    """
-    run_dir = Path(run_dir)
-    require((run_dir / "config.json").exists(), f"{run_dir} has no config.json: it is not a run directory.")
-    config = Config.from_json((run_dir / "config.json").read_text())
-    with ocp.CheckpointManager(run_dir.absolute() / "checkpoints") as manager:
-        step = manager.latest_step()
-        if step is None:
-            raise UserError(f"{run_dir} has no checkpoint yet; let the run reach train.checkpoint_every steps.")
-        abstract = {"params": abstract_parameters(config.model)}
-    if shardings is None:
-        default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        shardings = jax.tree.map(lambda _: default, abstract["params"])
-    item = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        abstract,
-        {"params": shardings},
-    )
-    args = ocp.args.PyTreeRestore(
-        item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
-    )
-    # A fresh manager: one that has not saved infers no handler from its registry.
-    try:
-        with ocp.CheckpointManager(run_dir.absolute() / "checkpoints") as manager:
-            restored = manager.restore(step, args=ocp.args.Composite(state=args))
-        with ocp.CheckpointManager(run_dir.absolute() / "checkpoints") as manager:
-            expected = _read_meta(manager, step)["checksums"]
-        _check({"params": restored.state["params"]}, expected)
-    except Exception as error:  # whatever a library says of a broken file
-        raise UserError(
-            f"The checkpoint of step {step} in {run_dir} is damaged ({_first_line(error)}). Continue the run, which "
-            "moves it aside for the one before, or restore the folder from a copy."
-        ) from None
-    return config, restored.state["params"], step
 
 
 def same_run(run_dir: Path, config: Config) -> None:

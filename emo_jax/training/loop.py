@@ -74,6 +74,11 @@ def train(
 def _train(
     config: Config, run_dir: Path, mesh: Mesh, log: Callable[[str], None], profile: tuple[int, int] | None
 ) -> Result:
+    require(
+        saved_steps(run_dir) != [0],
+        f"{run_dir} holds a model's weights, not a run's state. Start a run from them: another --workdir, with "
+        f"--config.train.init_from={run_dir}.",
+    )
     fresh = not (run_dir / "config.json").exists()
     if config.train.continue_from and fresh:
         continue_run(config, run_dir, log)

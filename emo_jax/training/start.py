@@ -16,10 +16,10 @@ import numpy as np
 from emo_jax.config import Config, expert_lists
 from emo_jax.data.tokenizer import load_tokenizer
 from emo_jax.errors import require
-from emo_jax.interop import read_config, read_parameters
 from emo_jax.interop.huggingface import CONFIG_FILE, read_json
 from emo_jax.model import ModelConfig, abstract_parameters
-from emo_jax.training.checkpoints import check_same_run, load_parameters, same_run, saved_steps
+from emo_jax.training.checkpoints import check_same_run, same_run, saved_steps
+from emo_jax.training.weights import saved_model, saved_parameters
 
 _FREE = ("dtype", "remat", "init_std", "num_experts", "experts_per_layer", "num_kv_heads", "d_dense")
 """Fields of a model in which the origin of its weights may differ, or that are compared once resolved."""
@@ -98,10 +98,9 @@ def origin_model(folder: Path) -> ModelConfig:
       UserError: where the folder is neither, or a run without a checkpoint.
     """
     require((folder / CONFIG_FILE).is_file(), f"train.init_from={str(folder)!r} has no {CONFIG_FILE}.")
-    if "model_type" in read_json(folder / CONFIG_FILE):
-        return read_config(folder)
-    require(bool(saved_steps(folder)), f"train.init_from={str(folder)!r} has no checkpoint yet.")
-    return Config.from_json((folder / CONFIG_FILE).read_text()).model
+    of_a_run = "model_type" not in read_json(folder / CONFIG_FILE)
+    require(not of_a_run or bool(saved_steps(folder)), f"train.init_from={str(folder)!r} has no checkpoint yet.")
+    return saved_model(folder)
 
 
 def changed_model(model: ModelConfig, keep_experts: Sequence[str], new_experts: int) -> ModelConfig:
@@ -130,10 +129,7 @@ def changed_model(model: ModelConfig, keep_experts: Sequence[str], new_experts: 
             f"train.keep_experts has {keep_experts[layer]!r} for mixture layer {layer}; name at least "
             f"{model.num_choices} of its routed experts 0..{routed[layer] - 1}.",
         )
-    counts = iter([len(experts) for experts in kept] or routed)
-    totals = tuple(next(counts) + new_experts + model.num_shared_experts if e else 0 for e in model.layer_experts)
-    equal = len(set(totals)) == 1
-    return dataclasses.replace(model, num_experts=max(totals), experts_per_layer=() if equal else totals)
+    return model.with_routed_experts([count + new_experts for count in ([len(e) for e in kept] or routed)])
 
 
 def check_origin(config: Config) -> None:
@@ -186,34 +182,25 @@ def initial_parameters(config: Config, shardings: Any) -> Any:
     A fresh expert adds nothing at first, since its `down` is 0; its router column is drawn with the mean and the spread
     of its layer's, so that tokens choose it as often as any.
     """
-    kept = expert_lists("train.keep_experts", config.train.keep_experts)
-    folder = Path(config.train.init_from)
-    if "model_type" in read_json(folder / CONFIG_FILE):
-        params = read_parameters(folder, read_config(folder))
-    else:
-        params = load_parameters(folder, shardings)[1]
+    kept = expert_lists("train.keep_experts", config.train.keep_experts) or None
+    params = saved_parameters(Path(config.train.init_from), shardings, kept)
     mixtures = [name for name in sorted(params["layers"]) if "moe" in params["layers"][name]]
     key = jax.random.key(config.train.seed, impl="threefry2x32")
 
-    def changed(name: str, parameter: str, leaf: Any) -> Any:
-        """A router or a stack of experts, cut and extended."""
-        axis, layer = (1 if parameter == "router" else 0), mixtures.index(name)
-        if kept:
-            leaf = leaf.take(np.array(kept[layer]), axis=axis)
-        if config.train.new_experts:
-            place = jax.random.fold_in(
-                jax.random.fold_in(key, layer), ("router", "gate", "up", "down").index(parameter)
-            )
-            fresh = _fresh_experts(parameter, jnp.asarray(leaf), config.train.new_experts, config.model.init_std, place)
-            leaf = jnp.concatenate([leaf, fresh.astype(leaf.dtype)], axis)
-        return leaf
+    def extended(name: str, parameter: str, leaf: Any) -> jax.Array:
+        """A router or a stack of experts, with fresh ones behind."""
+        layer_key = jax.random.fold_in(key, mixtures.index(name))
+        own_key = jax.random.fold_in(layer_key, ("router", "gate", "up", "down").index(parameter))
+        leaf = jnp.asarray(leaf)
+        fresh = _fresh_experts(parameter, leaf, config.train.new_experts, config.model.init_std, own_key)
+        return jnp.concatenate([leaf, fresh.astype(leaf.dtype)], axis=1 if parameter == "router" else 0)
 
     def place(path: Any, abstract: jax.ShapeDtypeStruct, sharding: Any) -> jax.Array:
         names = [key.key for key in path]
         parent = functools.reduce(operator.getitem, names[:-1], params)
         leaf = parent.pop(names[-1])  # one array at a time is there twice
-        if "routed" in names or "router" in names:
-            leaf = changed(names[1], names[-1], leaf)
+        if config.train.new_experts and ("routed" in names or "router" in names):
+            leaf = extended(names[1], names[-1], leaf)
         if isinstance(leaf, np.ndarray):
             leaf = leaf.astype(abstract.dtype)
         return jax.device_put(leaf, sharding).astype(abstract.dtype)

@@ -17,9 +17,10 @@ from emo_jax.kernels.experts import default_implementation
 from emo_jax.model import PoolDraws, abstract_parameters, bind, draw_pools, init_parameters, language_loss, logical_axes
 from emo_jax.parallel import batch_sharding, param_sharding, replicated
 from emo_jax.parallel.sharding import ROW_AXES
+from emo_jax.training.frozen import trained, trained_shardings, with_trained
 from emo_jax.training.guard import choose, init_guard, judge
 from emo_jax.training.loss import Counted, Sums, Tokens, add_to_buffers, combine, routing_metrics
-from emo_jax.training.optimizer import learning_rate, make_optimizer, without_frozen
+from emo_jax.training.optimizer import learning_rate, make_optimizer
 
 Batch = dict[str, jax.Array]
 """`tokens`, `targets`, `document_ids`, `positions` int32 [B, S]; `loss_mask` bool [B, S]."""
@@ -47,12 +48,13 @@ def state_shardings(config: Config, mesh: Mesh) -> TrainState:
     params = jax.tree.map(
         lambda leaf, axes: param_sharding(mesh, axes, leaf.shape), abstract, logical_axes(config.model)
     )
+    part = jax.eval_shape(functools.partial(trained, config.optimizer), abstract)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     opt_state = optax.tree_map_params(
         optimizer,
         lambda _, sharding: sharding,
-        jax.eval_shape(optimizer.init, abstract),
-        params,
+        jax.eval_shape(optimizer.init, part),
+        trained_shardings(config.optimizer, params),
         transform_non_params=lambda _: replicated(mesh),
     )
     guard = jax.tree.map(lambda _: replicated(mesh), jax.eval_shape(lambda: init_guard(config.train)))
@@ -65,7 +67,8 @@ def init_state(config: Config, mesh: Mesh, params: Any = None) -> TrainState:
     if params is None:
         params = init_parameters(config.model, config.train.seed, shardings.params)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
-    opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
+    init = jax.jit(lambda params: optimizer.init(trained(config.optimizer, params)), out_shardings=shardings.opt_state)
+    opt_state = init(params)
     step, guard = jax.device_put((jnp.int32(0), init_guard(config.train)), (shardings.step, shardings.guard))
     return TrainState(step, params, opt_state, guard)
 
@@ -75,7 +78,8 @@ def abstract_state(config: Config, mesh: Mesh) -> TrainState:
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     params = abstract_parameters(config.model)
     step, guard = jax.eval_shape(lambda: (jnp.int32(0), init_guard(config.train)))
-    state = TrainState(step, params, jax.eval_shape(optimizer.init, params), guard)
+    opt_state = jax.eval_shape(lambda params: optimizer.init(trained(config.optimizer, params)), params)
+    state = TrainState(step, params, opt_state, guard)
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         state,
@@ -95,7 +99,7 @@ def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct
 def make_gradients(
     config: Config, mesh: Mesh, implementation: str | None = None
 ) -> Callable[..., tuple[Any, dict[str, Any]]]:
-    """Builds (params, batch, step) → (gradients, metrics), pure and meant to run under `jax.jit`.
+    """Builds (params, batch, step) → (gradients of what is `trained`, metrics), pure and meant to run under `jax.jit`.
 
     Args:
       config: of the run.
@@ -107,8 +111,8 @@ def make_gradients(
     layers = len(config.model.routed_experts)
     pooled = config.pool.kind != "none"
 
-    def forward(params: Any, batch: Batch, draws: PoolDraws | None) -> Sums:
-        model = bind(config.model, without_frozen(config.optimizer, params))
+    def forward(part: Any, params: Any, batch: Batch, draws: PoolDraws | None) -> Sums:
+        model = bind(config.model, with_trained(config.optimizer, params, part))
         hidden_BSD, routings = model(
             batch["tokens"],
             batch["document_ids"],
@@ -134,37 +138,38 @@ def make_gradients(
         rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), sums.routing)
         return Sums(jax.tree.map(jnp.sum, sums.language), rows)
 
-    def whole_step(params: Any, rows: tuple, tokens: Tokens) -> tuple[jax.Array, tuple]:
+    def whole_step(part: Any, params: Any, rows: tuple, tokens: Tokens) -> tuple[jax.Array, tuple]:
         """The loss from sums over the whole step: exact for the product f · p̄ of the global balance loss.
 
         Microbatches pass through a scan that keeps only their inputs, so memory is that of one
         microbatch; differentiating through it costs one more forward pass.
         """
         if microbatches == 1:
-            sums = forward(params, *rows)
+            sums = forward(part, params, *rows)
         else:
-            sums = join(jax.lax.map(jax.checkpoint(lambda part: forward(params, *part)), jax.tree.map(split, rows)))
+            run = jax.checkpoint(lambda some: forward(part, params, *some))
+            sums = join(jax.lax.map(run, jax.tree.map(split, rows)))
         loss, parts = combine(config, sums, tokens)
         return loss, (parts, sums.routing)
 
-    def accumulated(params: Any, rows: tuple, tokens: Tokens) -> tuple:
+    def accumulated(part: Any, params: Any, rows: tuple, tokens: Tokens) -> tuple:
         """Loss, parts, routing and gradients of scopes that a microbatch can see: its addends, summed."""
 
-        def addend(params: Any, part: tuple, buffers: tuple[Counted, ...]) -> tuple[jax.Array, tuple]:
-            sums = forward(params, *part)
+        def addend(part: Any, some: tuple, buffers: tuple[Counted, ...]) -> tuple[jax.Array, tuple]:
+            sums = forward(part, params, *some)
             buffers = add_to_buffers(buffers, jax.lax.stop_gradient(sums.routing))
             used = buffers if config.balance.scope == "buffer" else None
             loss, parts = combine(config, sums, tokens, used)
             return loss, (parts, sums.routing, buffers)
 
-        def body(carry: Any, part: Any) -> Any:
+        def body(carry: Any, some: Any) -> Any:
             total, buffers = carry
-            (loss, (parts, routing, buffers)), grads = jax.value_and_grad(addend, has_aux=True)(params, part, buffers)
+            (loss, (parts, routing, buffers)), grads = jax.value_and_grad(addend, has_aux=True)(part, some, buffers)
             return (jax.tree.map(jnp.add, total, grads), buffers), (loss, parts, routing)
 
-        dtype = jax.tree.leaves(params)[0].dtype
+        dtype = jax.tree.leaves(part)[0].dtype
         empty = tuple(Counted(jnp.zeros(r, dtype), jnp.zeros((), dtype)) for r in config.model.routed_experts)
-        start = (jax.tree.map(jnp.zeros_like, params), empty)
+        start = (jax.tree.map(jnp.zeros_like, part), empty)
         (grads, _), outputs = jax.lax.scan(body, start, jax.tree.map(split, rows))
         losses, parts, routing = outputs
         routing = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), routing)
@@ -182,12 +187,12 @@ def make_gradients(
                 documents=config.data.max_documents,
                 experts=max(config.model.routed_experts),
             )
-        rows = (batch, draws)
+        part, rows = trained(config.optimizer, params), (batch, draws)
         tokens = Tokens(batch["loss_mask"].sum(), (batch["document_ids"] > 0).sum())
         if microbatches == 1 or config.balance.scope == "global":
-            (loss, (parts, routing)), grads = jax.value_and_grad(whole_step, has_aux=True)(params, rows, tokens)
+            (loss, (parts, routing)), grads = jax.value_and_grad(whole_step, has_aux=True)(part, params, rows, tokens)
         else:
-            loss, parts, routing, grads = accumulated(params, rows, tokens)
+            loss, parts, routing, grads = accumulated(part, params, rows, tokens)
         metrics = {"loss": loss, "loss_tokens": tokens.loss, "grad_norm": optax.tree.norm(grads)}
         metrics |= {name: parts[name] for name in ("cross_entropy", "logits_z")}
         empty_BS = batch["document_ids"] == 0
@@ -230,11 +235,13 @@ def make_train_step(
     )
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
         grads, metrics = gradients(state.params, batch, state.step)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        part = trained(config.optimizer, state.params)
+        updates, opt_state = optimizer.update(grads, state.opt_state, part)
         take, guard = judge(config.train, state.guard, metrics["loss"], metrics["grad_norm"])
         metrics["learning_rate"] = schedule(state.guard.accepted)
         metrics |= {"skipped": guard.skipped, "skipped_in_row": guard.skipped_in_row}
-        params = choose(take, optax.apply_updates(state.params, updates), state.params)
+        part = choose(take, optax.apply_updates(part, updates), part)
+        params = with_trained(config.optimizer, state.params, part)
         opt_state = choose(take, opt_state, state.opt_state)
         return TrainState(state.step + 1, params, opt_state, guard), metrics
 

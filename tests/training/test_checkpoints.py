@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from emo_jax.errors import UserError
 from emo_jax.parallel import put_rows
-from emo_jax.training.checkpoints import Checkpoints, check_same_run, checksums, load_parameters, same_run
+from emo_jax.training.checkpoints import Checkpoints, check_same_run, checksums, same_run
 from emo_jax.training.step import init_state, make_train_step
+from emo_jax.training.weights import load_parameters
 from tests.training import tiny
 from tests.training.test_optimizer import formula
 

@@ -30,10 +30,11 @@ from emo_jax.errors import UserError
 from emo_jax.model.routing import draw_pools
 from emo_jax.parallel import make_mesh
 from emo_jax.training import train
-from emo_jax.training.checkpoints import check_same_run, load_parameters
+from emo_jax.training.checkpoints import check_same_run
 from emo_jax.training.optimizer import learning_rate
 from emo_jax.training.start import continue_run
 from emo_jax.training.step import abstract_state
+from emo_jax.training.weights import load_parameters
 from tests.interop.goldens import GOLDEN, needs_golden, relative
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
