@@ -161,7 +161,13 @@ def measure(config: Config, run_dir: Path, corpus: Path) -> dict[str, Any]:
         return {"full": {name: loss._asdict() for name, loss in full.items()}, "dropped": dropped, "bytes": sizes}
     keeps = [keep for keep in KEEPS if keep <= config.model.num_experts]
     result = measure_retention(
-        config.model, params, calibration, test, keeps=keeps, matrix_keep=min(QUARTER, max(keeps)), random_seeds=3
+        config.model,
+        params,
+        calibration,
+        SubsetLosses(config.model, params, test),
+        keeps=keeps,
+        matrix_keep=min(QUARTER, max(keeps)),
+        random_seeds=3,
     )
     nats, accuracy = specificity(result)
     return {

@@ -54,12 +54,13 @@ class Model:
         """Tells models apart, see `Subset.model`."""
         return fingerprint(self.config, self.params)
 
-    def apply_subset(self, subset: Subset | None, *, renormalized: bool = True) -> "Model":
+    def apply_subset(self, subset: Subset | None, *, renormalized: bool = True, ablate: bool = False) -> "Model":
         """This model confined to a subset of its experts, as a mask: free, and None takes it off again.
 
         Args:
           subset: of this model.
           renormalized: weights are the softmax over the kept experts; False: the whole router's probabilities.
+          ablate: all experts but the subset's instead.
 
         Raises:
           UserError: where the subset is another model's or keeps too few experts.
@@ -68,7 +69,7 @@ class Model:
         model.subset, model._kept = subset, None
         if subset is not None:
             subset.check(self.config, self.fingerprint)
-            model._kept = kept_masks(self.config, subset, renormalized=renormalized)
+            model._kept = kept_masks(self.config, subset, renormalized=renormalized, ablate=ablate)
         return model
 
     def cut(self, subset: Subset) -> "Model":

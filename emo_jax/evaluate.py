@@ -1,94 +1,122 @@
 """How good is a model, or a subset of it: `python -m emo_jax.evaluate --model=RUN --data=heldout.jsonl.gz`.
 
-Prints loss, next-token accuracy and bits per byte by domain, without document pools; with `--subset=FILE` those of the
-kept experts beside the full model's, with `--ablate=FILE` those of all but them. With `--calibration=FILE --keep=16,8`
-it chooses a subset for each domain on that file and prints what each size retains and the cross-domain matrix.
+Prints loss, next-token accuracy and bits per byte by domain, without document pools. With `--keep=32,16,8` it chooses
+that many experts for each domain on the texts of `--calibration` and prints what each size retains and the cross-domain
+matrix. Without `--data` a run is tested on its own held-out documents, and chooses on those it trained on.
+`--subset=FILE` evaluates the kept experts beside the full model, `--ablate=FILE` all but them; `--tasks=NAMES` runs
+benchmarks of lm-evaluation-harness. Several models, `--model=A,B`, are compared on one page.
+
+Tables go to `--out` (evaluation.json, evaluation.csv, and retention.html), which is the run directory if not given; its
+report.html then shows them.
 """
 
-import functools
 import json
 from pathlib import Path
 
 from absl import flags
 
 from emo_jax import cli
-from emo_jax.errors import UserError, require, require_choice
+from emo_jax.errors import require, require_choice
 
-_MODEL = flags.DEFINE_string("model", None, "Run directory or Hugging Face folder.", required=True)
-_DATA = flags.DEFINE_string("data", None, "Test texts: JSON lines.", required=True)
+_MODEL = flags.DEFINE_list("model", None, "Run directories or Hugging Face folders.", required=True)
+_DATA = flags.DEFINE_string("data", "", "Test texts: JSON lines. Empty: a run's own held-out documents.")
 _SUBSET = flags.DEFINE_string("subset", "", "A subset's file: keep its experts.")
 _ABLATE = flags.DEFINE_string("ablate", "", "A subset's file: keep all but its experts.")
-_WEIGHTS = flags.DEFINE_string("weights", "renormalized", "Of kept experts: renormalized or original.")
+_WEIGHTS = flags.DEFINE_string(
+    "weights", "renormalized", "Of the experts that --subset keeps: renormalized or original."
+)
 _CALIBRATION = flags.DEFINE_string("calibration", "", "Texts of the same domains to choose subsets on.")
 _KEEP = flags.DEFINE_list("keep", [], "Sizes, shared experts included; the cross-domain matrix has the last.")
-_METHODS = flags.DEFINE_list("methods", ["router_mass"], "Criteria that choose them.")
+_METHODS = flags.DEFINE_list("methods", ["router_mass"], "Criteria that choose them; random is one.")
 _DOCUMENTS = flags.DEFINE_integer("documents", 0, "Use the first so many texts of each domain; 0: all.")
-_CALIBRATE = flags.DEFINE_integer("calibration_documents", 25, "The same of the calibration texts.")
-_SEQUENCE = flags.DEFINE_integer("sequence_length", 1024, "Tokens in a row.")
-_OUT = flags.DEFINE_string("out", "", "Folder for evaluation.json and evaluation.csv.")
+_CALIBRATE = flags.DEFINE_list("calibration_documents", ["25"], "The same of the calibration texts; several: compared.")
+_SEQUENCE = flags.DEFINE_integer("sequence_length", 1024, "Tokens in a row, of --data and --calibration.")
+_TASKS = flags.DEFINE_list("tasks", [], "Benchmarks, by their names in lm-evaluation-harness.")
+_TASK_PATH = flags.DEFINE_string("task_path", "", "Folder of further task files.")
+_FEWSHOT = flags.DEFINE_integer("fewshot", -1, "Examples in a prompt; -1: as each task has it.")
+_LIMIT = flags.DEFINE_integer("limit", 0, "Use the first so many examples of each task; 0: all.")
+_OUT = flags.DEFINE_string("out", "", "Folder for the tables; empty: that of the run.")
 
 
 def main() -> int:
-    """Evaluates and prints tables."""
+    """Evaluates, prints tables and writes them."""
     require_choice("--weights", _WEIGHTS.value, ("renormalized", "original"))
     require(not (_SUBSET.value and _ABLATE.value), "--subset and --ablate are both given; give one.")
-    sizes = ",".join(_KEEP.value)
+    keeps, counts = _numbers("keep", _KEEP.value), _numbers("calibration_documents", _CALIBRATE.value)
+    require(bool(counts), "--calibration_documents is empty; give a number, 0 for all.")
     require(
-        bool(_CALIBRATION.value) == bool(sizes),
-        f"--calibration={_CALIBRATION.value!r} and --keep={sizes!r} belong together: texts to choose on, and sizes.",
+        bool(keeps) or not _CALIBRATION.value,
+        f"--calibration={_CALIBRATION.value!r} is for choosing experts; give --keep=SIZES too.",
     )
-    require(all(size.isdigit() for size in _KEEP.value), f"--keep={sizes!r} must be numbers, as in 32,16,8.")
     from emo_jax.api import load
-    from emo_jax.data import examples_by_domain
-    from emo_jax.modularity import Subset, SubsetLosses, measure_retention, tables
+    from emo_jax.modularity import Subset, tables
+    from emo_jax.modularity.evaluation import TITLES, Texts, evaluate_model
 
     file = _SUBSET.value or _ABLATE.value
+    require(not file or len(_MODEL.value) == 1, f"{file} is a subset of one model; --model names {len(_MODEL.value)}.")
     subset = Subset.load(file) if file else None
-    model = load(_MODEL.value)
-    if model.tokenizer is None:
-        raise UserError(f"--model={_MODEL.value} has no tokenizer.json; put the one it was trained with there.")
-    read = functools.partial(
-        examples_by_domain,
-        tokenizer=model.tokenizer,
-        end_of_text_id=model.end_of_text_id,
-        sequence_length=_SEQUENCE.value,
-        batch_size=8,
-    )
-    test, lengths = read(_DATA.value, documents=_DOCUMENTS.value)
-    losses = SubsetLosses(model.config, model.params, test)
-    if subset is None:
-        made = {"losses": tables.loss_table(losses.full(), lengths)}
-    else:
-        model.apply_subset(subset)  # refuses another model's
-        renormalized = _WEIGHTS.value == "renormalized"
-        full, ablate = losses.full(), bool(_ABLATE.value)
-        changed = {name: losses.under(subset, name, renormalized=renormalized, ablate=ablate) for name in full}
-        table = tables.change_table(full, changed)
-        made = {f"{'without' if _ABLATE.value else 'with'} the experts of {file}": table}
-    if sizes:
-        calibration, _ = read(_CALIBRATION.value, documents=_CALIBRATE.value)
-        keeps = [int(size) for size in _KEEP.value]
-        result = measure_retention(
-            model.config,
-            model.params,
-            calibration,
-            test,
-            keeps=keeps,
-            matrix_keep=keeps[-1],
-            methods=_METHODS.value,
-            log=print,
+    models: dict[str, dict[str, tables.Table]] = {}
+    for path, name in zip(_MODEL.value, _names(_MODEL.value), strict=True):
+        model = load(path)
+        texts = Texts(
+            model, Path(path), data=_DATA.value, calibration=_CALIBRATION.value, sequence_length=_SEQUENCE.value
         )
-        made["nats added by what is kept"] = tables.retention_table(result)
-        made[f"nats added, {keeps[-1]} experts kept"] = tables.matrix_table(result)
-    for title, table in made.items():
-        print(f"\n{title}\n\n{tables.as_text(table)}")
-    if _OUT.value:
-        folder = Path(_OUT.value)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "evaluation.json").write_text(json.dumps(made, indent=1) + "\n")
-        (folder / "evaluation.csv").write_text(tables.as_csv(made))
-        print(f"\nWritten: {folder / 'evaluation.json'}, {folder / 'evaluation.csv'}")
+        print(f"\n{name}")
+        made = evaluate_model(
+            model,
+            texts,
+            keeps=keeps,
+            methods=_METHODS.value,
+            documents=_DOCUMENTS.value,
+            calibration_documents=counts,
+            subset=subset,
+            ablate=bool(_ABLATE.value),
+            renormalized=_WEIGHTS.value == "renormalized",
+        )
+        if _TASKS.value:
+            from emo_jax.evaluation.harness import run_tasks
+
+            renormalized = _WEIGHTS.value == "renormalized"
+            confined = model.apply_subset(subset, renormalized=renormalized, ablate=bool(_ABLATE.value))
+            made["tasks"] = run_tasks(
+                confined, _TASKS.value, task_path=_TASK_PATH.value, fewshot=_FEWSHOT.value, limit=_LIMIT.value
+            )
+        for key, table in made.items():
+            print(f"\n{TITLES[key]}\n\n{tables.as_text(table)}")
+        models[name] = made
+    retention = {name: made["retention"] for name, made in models.items() if "retention" in made}
+    if len(retention) > 1:
+        print(f"\nMeans over the domains\n\n{tables.as_text(tables.summary_table(retention))}")
+    _write(models)
     return 0
+
+
+def _write(models: dict[str, dict[str, list]]) -> None:
+    """Leaves tables and figures in `--out`, or in the one run's directory."""
+    from emo_jax.analysis import EVALUATION_FILE, retention_page, write_page, write_report
+    from emo_jax.modularity import tables
+
+    runs = [Path(path) for path in _MODEL.value]
+    of_a_run = len(runs) == 1 and (runs[0] / "metrics.jsonl").is_file()
+    if not _OUT.value and not of_a_run:
+        return
+    folder = Path(_OUT.value) if _OUT.value else runs[0]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / EVALUATION_FILE).write_text(json.dumps({"models": models}, indent=1) + "\n")
+    (folder / "evaluation.csv").write_text(tables.as_csv(models))
+    page = write_page(folder / "retention.html", retention_page(models)) if _OUT.value else write_report(folder)
+    print(f"\nTables: {folder / EVALUATION_FILE}, {folder / 'evaluation.csv'}\nFigures: {page}")
+
+
+def _numbers(flag: str, values: list[str]) -> list[int]:
+    require(all(value.isdigit() for value in values), f"--{flag}={','.join(values)!r} must be numbers, as in 32,16,8.")
+    return [int(value) for value in values]
+
+
+def _names(paths: list[str]) -> list[str]:
+    """Names of the folders; whole paths where those are not unique."""
+    names = [Path(path).resolve().name for path in paths]
+    return names if len(set(names)) == len(names) else list(paths)
 
 
 if __name__ == "__main__":

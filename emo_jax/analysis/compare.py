@@ -9,7 +9,7 @@ import numpy as np
 
 from emo_jax.analysis import page
 from emo_jax.analysis.figures import DOMAIN_COLOURS, Curve, line_figure
-from emo_jax.analysis.report import replace
+from emo_jax.analysis.report import write_page
 from emo_jax.analysis.run import Run, Series, human, smooth
 from emo_jax.errors import require
 
@@ -86,7 +86,9 @@ def compare_runs(run_dirs: Sequence[Path], out: Path) -> Path:
         ]
         parts.append(page.section("Routing", "Runs without experts are left out.", cards, legend))
     parts.append(page.section("Configuration", "Fields in which the runs differ.", [_differences(runs, names)]))
-    return replace(Path(out), page.page(" · ".join(names), "".join(parts), refresh=not all(r.finished for r in runs)))
+    return write_page(
+        Path(out), page.page(" · ".join(names), "".join(parts), refresh=not all(r.finished for r in runs))
+    )
 
 
 def _names(runs: Sequence[Run], folders: Sequence[Path]) -> list[str]:

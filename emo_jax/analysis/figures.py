@@ -21,6 +21,7 @@ DOMAIN_COLOURS = (
 )
 _LAYER_RAMP = ("#3168d8", "#7f5fd0", "#c24f9a", "#dc5a55", "#dd8a2b")  # early to late
 LOAD_COLOURS = ((0, "#2c5fb8"), (0.25, "#8fb0e0"), (0.5, "#eceae6"), (0.75, "#eda274"), (1, "#c2491d"))
+NATS_COLOURS = ((0, "#eceae6"), (0.5, "#eda274"), (1, "#c2491d"))
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
 _CONFIG = {"responsive": True, "displaylogo": False, "displayModeBar": False}
 
@@ -109,6 +110,78 @@ def line_figure(
     figure.update_xaxes(unifiedhovertitle_text="step %{x:,d}", spikecolor=GREY, spikethickness=1, spikedash="dot")
     figure.update_yaxes(automargin=True, nticks=6, exponentformat="power", **y_axis)
     return _fragment(name, figure, height)
+
+
+class Line(NamedTuple):
+    """A line over few points, such as sizes of subsets; `low` and `high`, where given, are its spread."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    colour: str
+    key: str = ""
+    dash: str = "solid"
+    low: Sequence[float] = ()
+    high: Sequence[float] = ()
+
+
+def point_figure(
+    name: str, lines: Sequence[Line], *, x_title: str, hover: str = ".3f", height: int = 280, **y_axis: Any
+) -> str:
+    """Lines over a few numbers of experts, the most on the left, on a logarithmic axis, as an HTML fragment.
+
+    Args:
+      name: unique on the page; the element's id.
+      lines: drawn in this order.
+      x_title: of the axis.
+      hover: d3 format of a value.
+      height: in pixels.
+      y_axis: further attributes of Plotly's y axis.
+    """
+    figure = go.Figure()
+    for line in lines:
+        y = np.array(line.y)
+        spread = {"array": np.array(line.high) - y, "arrayminus": y - np.array(line.low)} if len(line.low) else {}
+        figure.add_scatter(
+            x=list(line.x),
+            y=y,
+            name=html.escape(shorten(line.name, 28)),
+            mode="lines+markers",
+            line={"color": line.colour, "width": 2, "dash": line.dash},
+            marker={"size": 6},
+            error_y={"symmetric": False, "thickness": 1.2, "width": 3, **spread} if spread else None,
+            hovertemplate=f"%{{y:{hover}}}",
+            meta=line.key or None,
+        )
+    ticks = sorted({x for line in lines for x in line.x}, reverse=True)
+    figure.update_layout(hovermode="x unified" if len(lines) <= 12 else "closest")
+    figure.update_xaxes(
+        title={"text": x_title, "standoff": 6}, type="log", autorange="reversed", tickvals=ticks, ticktext=ticks
+    )
+    figure.update_yaxes(automargin=True, nticks=6, **y_axis)
+    return _fragment(name, figure, height)
+
+
+def matrix_heatmap(name: str, values: Sequence[Sequence[float]], labels: Sequence[str], limit: float) -> str:
+    """A square matrix of nats, coloured up to `limit`, as an HTML fragment."""
+    texts = [f"{shorten(label, 22)}" for label in labels]
+    figure = go.Figure(
+        go.Heatmap(
+            z=np.array(values, dtype=np.float32),
+            x=texts,
+            y=texts,
+            colorscale=NATS_COLOURS,
+            zmin=0,
+            zmax=limit,
+            xgap=1,
+            ygap=1,
+            hovertemplate="chosen for %{y}, evaluated on %{x}<br>%{z:+.3f} nats<extra></extra>",
+            showscale=False,
+        )
+    )
+    figure.update_xaxes(tickangle=-45, automargin=True, showgrid=False)
+    figure.update_yaxes(autorange="reversed", automargin=True, showgrid=False)
+    return _fragment(name, figure, 150 + 24 * len(labels))
 
 
 def load_heatmap(name: str, loads: Sequence[Sequence[float]], labels: Sequence[str]) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from emo_jax.analysis import page, routing_sections, sections
+from emo_jax.analysis.retention import read_evaluation, retention_sections
 from emo_jax.analysis.run import Run, human
 from emo_jax.config import Config
 from emo_jax.model import active_parameters, total_parameters
@@ -31,12 +32,15 @@ def write_report(run_dir: Path) -> Path:
         if run.layers:
             parts += [routing_sections.load(run), routing_sections.pools(run)]
         parts += [routing_sections.health(run), sections.speed(run)]
+    evaluated = read_evaluation(run_dir)
+    if evaluated:
+        parts.insert(2 + bool(run.records), retention_sections({run.name: evaluated}))
     parts.append(_config_table(run.config))
     text = page.page(f"{run.kind} · {run.name}", "".join(parts), refresh=not run.finished)
-    return replace(run_dir / "report.html", text)
+    return write_page(run_dir / "report.html", text)
 
 
-def replace(path: Path, text: str) -> Path:
+def write_page(path: Path, text: str) -> Path:
     """Writes a page; one that was there is replaced atomically."""
     handle, temporary = tempfile.mkstemp(prefix=".report-", suffix=".html", dir=path.parent)
     try:

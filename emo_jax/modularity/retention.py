@@ -71,7 +71,7 @@ def measure_retention(
     config: ModelConfig,
     params: Any,
     calibration: dict[str, Batches],
-    test: dict[str, Batches],
+    losses: SubsetLosses,
     *,
     keeps: Sequence[int],
     matrix_keep: int,
@@ -85,7 +85,7 @@ def measure_retention(
       config: of the model.
       params: its parameters.
       calibration: batches of each domain.
-      test: batches of each domain, of the same names or some of them.
+      losses: of the test documents of each domain, of the same names or some of them.
       keeps: sizes, shared experts included.
       matrix_keep: the size of the cross-domain matrix, of the first method; one of `keeps`.
       methods: criteria of `select`; layer by layer on the cut model.
@@ -95,15 +95,14 @@ def measure_retention(
     Raises:
       UserError: where a test domain has no calibration batches, or a size cannot work.
     """
-    missing = sorted(set(test) - set(calibration))
+    missing = sorted(set(losses.test) - set(calibration))
     require(not missing, f"There are no calibration documents of {', '.join(missing)}.")
     require(matrix_keep in keeps, f"matrix_keep={matrix_keep} is not one of keeps={list(keeps)}.")
-    losses = SubsetLosses(config, params, test)
     full = losses.full()
     kept: dict[tuple[str, str, int, str], Loss] = {}
     matrix: dict[tuple[str, str], Loss] = {}
     subsets: dict[tuple[str, str, int], Subset] = {}
-    for domain in test:
+    for domain in full:
         chosen = {
             (method, keep): select(config, params, [calibration[domain]], method=method, keep=keep)
             for method in methods
@@ -118,7 +117,7 @@ def measure_retention(
             for weighting in WEIGHTINGS:
                 loss = losses.under(subset, domain, renormalized=weighting == "renormalized")
                 kept[domain, method, keep, weighting] = loss
-        for other in test:
+        for other in full:
             matrix[domain, other] = losses.under(chosen[methods[0], matrix_keep], other)
         first = kept[domain, methods[0], matrix_keep, "renormalized"]
         log(f"{domain}: {full[domain].loss:.3f} with all experts, {first.loss:.3f} with {matrix_keep} chosen for it")

@@ -5,10 +5,14 @@ import io
 import math
 from typing import Any
 
+import numpy as np
+
 from emo_jax.evaluation import Loss
 from emo_jax.modularity.retention import WEIGHTINGS, Retention, specificity
 
 Table = list[list[Any]]
+RETENTION_HEAD = ("domain", "method", "kept", "full loss", "renormalized", "original", "accuracy lost")
+SPECIFICITY = "off the diagonal − on it"
 
 
 def loss_table(full: dict[str, Loss], sizes: dict[str, int]) -> Table:
@@ -35,14 +39,32 @@ def change_table(before: dict[str, Loss], after: dict[str, Loss]) -> Table:
 
 
 def retention_table(result: Retention) -> Table:
-    """Nats added and accuracy lost by each domain, method and size."""
-    table: Table = [["domain", "method", "kept", "full loss", "renormalized", "original", "accuracy lost"]]
+    """Nats added and accuracy lost by each domain, method and size; last the mean over the domains."""
+    table: Table = [list(RETENTION_HEAD)]
     for domain, method, keep in result.subsets:
         full = result.full[domain]
         both = [result.kept[domain, method, keep, weighting] for weighting in WEIGHTINGS]
         changes = [loss.loss - full.loss for loss in both]
         table.append([domain, method, keep, full.loss, *changes, full.accuracy - both[0].accuracy])
-    return table
+    return [*table, *_means(table[1:], "mean")]
+
+
+def _means(rows: Table, label: str) -> Table:
+    """The mean over domains of rows that begin with a domain, a method and a number, of each method and number."""
+    groups: dict[tuple[str, int], Table] = {}
+    for _, method, number, *values in rows:
+        groups.setdefault((method, number), []).append(values)
+    return [[label, *key, *np.mean(values, axis=0).tolist()] for key, values in groups.items()]
+
+
+def calibration_table(results: dict[int, Retention], keep: int, method: str) -> Table:
+    """Nats added when the experts are chosen on so many documents of each domain (0: all of them)."""
+    table: Table = [["domain", "method", "documents", "renormalized", "original"]]
+    for documents, result in results.items():
+        for domain, full in result.full.items():
+            both = [result.kept[domain, method, keep, weighting].loss - full.loss for weighting in WEIGHTINGS]
+            table.append([domain, method, documents, *both])
+    return [*table, *_means(table[1:], "mean")]
 
 
 def matrix_table(result: Retention) -> Table:
@@ -51,7 +73,13 @@ def matrix_table(result: Retention) -> Table:
     table: Table = [["chosen for", *domains]]
     for own in domains:
         table.append([own, *(result.matrix[own, other].loss - result.full[other].loss for other in domains)])
-    return [*table, ["off the diagonal − on it", specificity(result)[0]]]
+    return [*table, [SPECIFICITY, specificity(result)[0]]]
+
+
+def summary_table(retention: dict[str, Table]) -> Table:
+    """The means of several models, from the retention table of each."""
+    means = [(name, row) for name, table in retention.items() for row in table[1:] if row[0] == "mean"]
+    return [["model", *RETENTION_HEAD[1:]], *([name, *row[1:]] for name, row in means)]
 
 
 def as_text(table: Table) -> str:
@@ -65,10 +93,11 @@ def as_text(table: Table) -> str:
     return "\n".join(lines)
 
 
-def as_csv(tables: dict[str, Table]) -> str:
-    """Every table under its title, an empty line behind each."""
+def as_csv(models: dict[str, dict[str, Table]]) -> str:
+    """Every table under a line with its model and its name, an empty line behind each."""
     text = io.StringIO()
     writer = csv.writer(text)
-    for title, table in tables.items():
-        writer.writerows([[title], *table, []])
+    for model, tables in models.items():
+        for name, table in tables.items():
+            writer.writerows([[model, name], *table, []])
     return text.getvalue()

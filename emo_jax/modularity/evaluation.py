@@ -1,0 +1,164 @@
+"""All that `emo_jax.evaluate` measures of one model, as tables by name."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from emo_jax.data import DataConfig, TokenStore, domain_batches, examples_by_domain, first_documents, open_store
+from emo_jax.errors import UserError, require
+from emo_jax.interop.huggingface import CONFIG_FILE, read_json
+from emo_jax.modularity import tables
+from emo_jax.modularity.retention import Batches, SubsetLosses, measure_retention
+from emo_jax.modularity.subset import Subset
+
+if TYPE_CHECKING:
+    from emo_jax.api import Model  # which imports this package
+
+TITLES = {
+    "losses": "Loss (nats a token), accuracy and bits per byte by domain, with all experts",
+    "kept": "With the experts of the subset alone",
+    "ablated": "Without the experts of the subset",
+    "retention": "Nats added and accuracy lost when a domain keeps so many experts, chosen for it",
+    "matrix": "Nats added to the domains across by the experts chosen for the domain on the left",
+    "calibration": "Nats added, by the number of documents that the experts are chosen on (0: all)",
+    "tasks": "Benchmarks",
+}
+_BATCH = 8
+
+
+class Texts:
+    """Where the test and the calibration documents of a model come from.
+
+    Test documents are a file's, or the run's own held-out ones; calibration documents are a file's, or else those that
+    the run trained on, which are never of a test document's file.
+    """
+
+    def __init__(
+        self, model: "Model", folder: Path, *, data: str = "", calibration: str = "", sequence_length: int = 1024
+    ):
+        """For a loaded model and its folder.
+
+        Raises:
+          UserError: where the model has no tokenizer, or texts of its own are asked for and it has none.
+        """
+        if model.tokenizer is None:
+            raise UserError(f"{folder} has no tokenizer.json; put the one it was trained with there.")
+        self._model, self._folder, self._length = model, folder, sequence_length
+        self._data, self._calibration = data, calibration
+
+    def test(self, documents: int) -> tuple[dict[str, Batches], dict[str, int]]:
+        """Batches of each domain, and the UTF-8 bytes that they predict; of the first so many documents, 0: all."""
+        if self._data:
+            return self._read(self._data, documents)
+        store, config = self._store()
+        split = first_documents(store.heldout, store.domains, documents)
+        tokenizer = store.tokenizer()
+        sizes = dict.fromkeys(store.domains, 0)
+        for start, stop, domain in zip(split.offsets, split.offsets[1:], split.domains, strict=False):
+            sizes[store.domains[domain]] += len(tokenizer.decode(split.tokens[start:stop].tolist()).encode())
+        return domain_batches(split, store.domains, config, _BATCH), sizes
+
+    def calibration(self, documents: int) -> dict[str, Batches]:
+        """Batches of each domain to choose experts on; of the first so many documents, 0: all."""
+        if self._calibration or self._data:
+            require(
+                bool(self._calibration),
+                f"--calibration is empty: --data={self._data} is what is tested on, so name other texts of the same "
+                "domains to choose the experts on.",
+            )
+            return self._read(self._calibration, documents)[0]
+        store, config = self._store()
+        return domain_batches(first_documents(store.train, store.domains, documents), store.domains, config, _BATCH)
+
+    def _read(self, path: str, documents: int) -> tuple[dict[str, Batches], dict[str, int]]:
+        assert self._model.tokenizer is not None
+        return examples_by_domain(
+            path,
+            self._model.tokenizer,
+            self._model.end_of_text_id,
+            documents=documents,
+            sequence_length=self._length,
+            batch_size=_BATCH,
+        )
+
+    def _store(self) -> tuple[TokenStore, DataConfig]:
+        values = read_json(self._folder / CONFIG_FILE)
+        config = DataConfig(**{name: _frozen(value) for name, value in values.get("data", {}).items()})
+        directory = Path(config.cache_dir or self._folder / "data")
+        if not (directory / "manifest.json").is_file():
+            raise UserError(f"{self._folder} has no held-out texts of its own; name some with --data=FILE.")
+        return open_store(directory), config
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def evaluate_model(
+    model: "Model",
+    texts: Texts,
+    *,
+    keeps: Sequence[int] = (),
+    methods: Sequence[str] = ("router_mass",),
+    documents: int = 0,
+    calibration_documents: Sequence[int] = (25,),
+    subset: Subset | None = None,
+    ablate: bool = False,
+    renormalized: bool = True,
+    log: Callable[[str], None] = print,
+) -> dict[str, tables.Table]:
+    """Tables by the names of `TITLES`.
+
+    Args:
+      model: with all its experts.
+      texts: to test and to choose on.
+      keeps: sizes, shared experts included; none: no retention. The cross-domain matrix and the comparison of numbers
+        of documents have the last.
+      methods: criteria of `select`.
+      documents: test documents of each domain; 0: all.
+      calibration_documents: the same to choose on; the first number is used for the retention, several are compared.
+      subset: one to evaluate.
+      ablate: without its experts instead of with them alone.
+      renormalized: weights of kept experts.
+      log: receives a line a domain.
+
+    Raises:
+      UserError: where a size, a method or the subset cannot work, or there are no texts.
+    """
+    test, sizes = texts.test(documents)
+    losses = SubsetLosses(model.config, model.params, test)
+    full = losses.full()
+    made = {"losses": tables.loss_table(full, sizes)}
+    if subset is not None:
+        subset.check(model.config, model.fingerprint)
+        changed = {d: losses.under(subset, d, renormalized=renormalized, ablate=ablate) for d in full}
+        made["ablated" if ablate else "kept"] = tables.change_table(full, changed)
+    if keeps:
+        first, *others = calibration_documents
+        result = measure_retention(
+            model.config,
+            model.params,
+            texts.calibration(first),
+            losses,
+            keeps=keeps,
+            matrix_keep=keeps[-1],
+            methods=methods,
+            log=log,
+        )
+        made["retention"] = tables.retention_table(result)
+        made["matrix"] = tables.matrix_table(result)
+        if others:
+            compared = {first: result}
+            for number in others:
+                log(f"Choosing on {number or 'all'} documents of each domain ...")
+                compared[number] = measure_retention(
+                    model.config,
+                    model.params,
+                    texts.calibration(number),
+                    losses,
+                    keeps=keeps[-1:],
+                    matrix_keep=keeps[-1],
+                    methods=methods[:1],
+                )
+            made["calibration"] = tables.calibration_table(compared, keeps[-1], methods[0])
+    return made
