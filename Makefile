@@ -1,12 +1,16 @@
 # `make` lists the targets. Works with GNU make from 3.81 (macOS) on.
 
-WORKDIR = runs/emo_tiny
+WORKDIR = runs
 EXTRAS = base
 MARKERS = not slow
 ARGS =
 
 VENV_PYTHON = .venv/bin/python
-TRAIN = $(VENV_PYTHON) -m emo_jax.train --config=configs/emo_tiny.py --workdir='$(WORKDIR)' $(ARGS)
+# Both arms read the same tokens.
+TRAIN = $(VENV_PYTHON) -m emo_jax.train --config=configs/$(1).py --workdir='$(WORKDIR)/$(1)' \
+  --config.data.cache_dir='$(WORKDIR)/tokens' $(ARGS)
+COMPARE = $(VENV_PYTHON) -m emo_jax.evaluate --model='$(WORKDIR)/emo_tiny,$(WORKDIR)/stdmoe_tiny' \
+  --keep=32,16,8,4 --matrix_keep=8 --out='$(WORKDIR)/demo'
 
 # Ahead-of-time compiles for TPU ask no metadata server, and two test processes may load libtpu at once.
 # Not for `demo`: on a TPU machine the metadata server knows the topology.
@@ -18,7 +22,7 @@ AHEAD_OF_TIME = TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=1
 .PHONY: help demo test check bench clean
 
 help:
-	@echo 'make demo    train a small EMO on this machine; run it again to resume'
+	@echo 'make demo    train a small EMO and a standard mixture, and cut both up; run it again to resume'
 	@echo '               WORKDIR=$(WORKDIR)  ARGS="--config.train.steps=50"  EXTRAS=tpu or cuda13'
 	@echo 'make test    run the tests'
 	@echo '               ARGS="-k routing -x"  MARKERS=slow'
@@ -36,9 +40,15 @@ help:
 DEVICE = $(if $(filter base,$(EXTRAS)),export JAX_PLATFORMS="$${JAX_PLATFORMS:-cpu}";)
 
 # exec: on Ctrl-C only the program answers, and make waits for it to save.
+define shown
+@printf '\n== %s\n' '$(subst ','\'',$(1))'
+@$(DEVICE) exec $(1)
+endef
+
 demo: .venv/.installed-$(EXTRAS)
-	$(info $(TRAIN))
-	@$(DEVICE) exec $(TRAIN)
+	$(call shown,$(call TRAIN,emo_tiny))
+	$(call shown,$(call TRAIN,stdmoe_tiny))
+	$(call shown,$(COMPARE))
 
 test: .venv/.installed-dev
 	$(AHEAD_OF_TIME) $(VENV_PYTHON) -m pytest -n 2 --dist loadfile -m '$(MARKERS)' $(ARGS)

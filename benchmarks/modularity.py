@@ -242,6 +242,35 @@ def summary(results: dict[str, list[dict[str, Any]]]) -> str:
     return "\n".join(lines)
 
 
+def figures(results: dict[str, list[dict[str, Any]]]) -> str:
+    """A page with the curves of every arm that has experts to keep, bars from the lowest to the highest seed."""
+    from emo_jax.analysis import page
+    from emo_jax.analysis.figures import DOMAIN_COLOURS, Line, point_figure
+
+    arms = {name: made for name, made in results.items() if any(e[2] == max(KEEPS) for e in made[0].get("kept", ()))}
+    colours = dict(zip(arms, DOMAIN_COLOURS, strict=False))
+    legend = page.legend("arm", [(name, name, colour) for name, colour in colours.items()])
+    cards = []
+    for place, (title, weighting, index, names) in enumerate(
+        (
+            ("Nats added", "renormalized", 0, None),
+            ("Nats added, original weights", "original", 0, None),
+            ("Accuracy lost", "renormalized", 1, None),
+            ("Nats added, English prose alone", "renormalized", 0, ENGLISH),
+        )
+    ):
+        lines = []
+        for name, made in arms.items():
+            values = np.array([[damage(r, keep, weighting, names)[index] for keep in KEEPS] for r in made])
+            spread = {"low": values.min(0).tolist(), "high": values.max(0).tolist()} if len(made) > 1 else {}
+            lines.append(Line(name, KEEPS, values.mean(0).tolist(), colours[name], name, **spread))
+        figure = point_figure(f"figure{place}", lines, x_title="experts kept of 32, the shared one included")
+        seeds = max(map(len, arms.values()))
+        cards.append(page.card(title, figure, f"Mean over the domains; bars: lowest and highest of {seeds} seeds."))
+    body = page.section("Keep only the experts a domain needs", "No fine-tuning, no pools.", cards, legend)
+    return page.page("Is it modular?", body)
+
+
 def verdict(results: dict[str, list[dict[str, Any]]]) -> list[str]:
     """Each criterion of this file's docstring, with its numbers."""
 
@@ -300,6 +329,7 @@ def main() -> None:
         results.setdefault(name, []).append(json.loads(file.read_text()))
     tables = summary(results) + "\n\n" + "\n".join(verdict(results)) + "\n"
     (args.out / "results.md").write_text(tables)
+    (args.out / "results.html").write_text(figures(results))
     print(tables)
 
 

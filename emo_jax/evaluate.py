@@ -26,7 +26,8 @@ _WEIGHTS = flags.DEFINE_string(
     "weights", "renormalized", "Of the experts that --subset keeps: renormalized or original."
 )
 _CALIBRATION = flags.DEFINE_string("calibration", "", "Texts of the same domains to choose subsets on.")
-_KEEP = flags.DEFINE_list("keep", [], "Sizes, shared experts included; the cross-domain matrix has the last.")
+_KEEP = flags.DEFINE_list("keep", [], "Sizes of subsets, shared experts included.")
+_MATRIX = flags.DEFINE_integer("matrix_keep", 0, "Size that the matrix is made for, one of --keep; 0: the last.")
 _METHODS = flags.DEFINE_list("methods", ["router_mass"], "Criteria that choose them; random is one.")
 _DOCUMENTS = flags.DEFINE_integer("documents", 0, "Use the first so many texts of each domain; 0: all.")
 _CALIBRATE = flags.DEFINE_list("calibration_documents", ["25"], "The same of the calibration texts; several: compared.")
@@ -66,6 +67,7 @@ def main() -> int:
             model,
             texts,
             keeps=keeps,
+            matrix_keep=_MATRIX.value,
             methods=_METHODS.value,
             documents=_DOCUMENTS.value,
             calibration_documents=counts,

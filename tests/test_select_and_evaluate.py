@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -105,8 +106,8 @@ def test_an_evaluation_prints_and_writes_losses_retention_and_the_matrix(folder,
     texts = folder / "texts.jsonl"
     done = evaluate(folder, f"--calibration={texts}", "--keep=8,4", "--methods=router_mass,reap", f"--out={tmp_path}")
     assert done.returncode == 0, done.stderr
-    made = json.loads((tmp_path / "evaluation.json").read_text())
-    losses, retained, matrix = made.values()
+    made = json.loads((tmp_path / "evaluation.json").read_text())["models"]["run"]
+    losses, retained, matrix = (made[name] for name in ("losses", "retention", "matrix"))
     assert [line[0] for line in losses] == ["domain", "cooking", "sailing"]
     model = emo_jax.load(folder / "run")
     tokenizer, nats, tokens, size, hits = Tokenizer.from_file(str(model.tokenizer)), 0.0, 0, 0, 0
@@ -121,7 +122,11 @@ def test_an_evaluation_prints_and_writes_losses_retention_and_the_matrix(folder,
     np.testing.assert_allclose(losses[1][1:4], [nats / tokens, hits / tokens, nats / np.log(2) / size], rtol=1e-4)
     assert losses[1][4] == tokens
     keys = [(domain, method, keep) for domain in WORDS for method in ("router_mass", "reap") for keep in (8, 4)]
-    assert [tuple(line[:3]) for line in retained[1:]] == keys
+    assert [tuple(line[:3]) for line in retained[1:-4]] == keys
+    for mean in retained[-4:]:
+        lines = [line[3:] for line in retained[1:-4] if line[1:3] == mean[1:3]]
+        assert mean[0] == "mean" and len(lines) == 2
+        np.testing.assert_allclose(mean[3:], np.mean(lines, axis=0), rtol=1e-6, atol=1e-12)
     assert all(abs(line[4]) < 1e-5 and abs(line[5]) < 1e-5 for line in retained[1:] if line[2] == 8)  # all experts
     assert matrix[0] == ["chosen for", "cooking", "sailing"]
     own = next(line[4] for line in retained if line[:3] == ["cooking", "router_mass", 4])
@@ -131,7 +136,58 @@ def test_an_evaluation_prints_and_writes_losses_retention_and_the_matrix(folder,
     )
     for cell in ("cooking", f"{losses[1][1]:.3f}", "chosen for"):
         assert cell in done.stdout
-    assert (tmp_path / "evaluation.csv").read_text().startswith("losses\n")
+    assert (tmp_path / "evaluation.csv").read_text().startswith("run,losses\n")
+    assert "Off the diagonal minus on it" in (tmp_path / "retention.html").read_text()
+
+
+def test_runs_are_compared_on_their_own_texts_and_a_report_shows_it(folder, tmp_path):
+    run = tmp_path / "again"
+    shutil.copytree(folder / "run", run)
+    done = command("emo_jax.evaluate", f"--model={run}", "--keep=8,3", "--calibration_documents=5,1,0")
+    assert done.returncode == 0, done.stderr
+    made = json.loads((run / "evaluation.json").read_text())["models"]["again"]
+    # The full loss is that of the run's last evaluation, but for where rows are cut.
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["heldout"]["domains"]
+    for domain, loss, _, _, tokens in made["losses"][1:]:
+        assert abs(loss - last[domain]["loss"]) < 0.05 and abs(tokens - last[domain]["tokens"]) <= 8
+    counts = [(line[0], line[2]) for line in made["calibration"][1:]]
+    assert counts == [(d, n) for n in (5, 1, 0) for d in (*WORDS,)] + [("mean", n) for n in (5, 1, 0)]
+    for line in made["retention"][1:]:
+        if line[2] == 3:
+            same = next(row for row in made["calibration"] if row[0] == line[0] and row[2] == 5)
+            np.testing.assert_allclose(same[3:], line[4:6], atol=1e-9)
+    assert "Keep only the experts a domain needs" in (run / "report.html").read_text()
+
+    out = tmp_path / "out"
+    done = command("emo_jax.evaluate", f"--model={run},{folder / 'run'}", "--keep=8,4", f"--out={out}")
+    assert done.returncode == 0, done.stderr
+    assert "Means over the domains" in done.stdout
+    page = (out / "retention.html").read_text()
+    assert "again" in page and "What survives" in page
+    both = json.loads((out / "evaluation.json").read_text())["models"]
+    assert both["again"] == both["run"]  # the same weights
+    refused = command("emo_jax.evaluate", f"--model={run},{folder / 'run'}", "--subset=x.json")
+    assert refused.returncode == 2 and "is a subset of one model; --model names 2" in refused.stderr
+
+
+def test_a_benchmark_is_run_on_the_model_and_on_its_subset(folder, tmp_path):
+    pytest.importorskip("lm_eval")
+    lines = [{"question": "simmer onions", "choices": [" butter", " keel"], "answer": n % 2} for n in range(6)]
+    (tmp_path / "six.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "six.yaml").write_text(
+        "task: six\ndataset_path: json\noutput_type: multiple_choice\ntest_split: test\n"
+        f"dataset_kwargs: {{data_files: {{test: {tmp_path / 'six.jsonl'}}}}}\n"
+        "doc_to_text: '{{question}}'\ndoc_to_choice: '{{choices}}'\ndoc_to_target: answer\n"
+        "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
+    )
+    (folder / "some.json").write_text(Subset(((0, 1, 2), (0, 1, 2)), fingerprint_of(folder)).to_json())
+    flags = ["--tasks=six", f"--task_path={tmp_path}", "--documents=2", f"--subset={folder / 'some.json'}"]
+    done = evaluate(folder, *flags, f"--out={tmp_path / 'out'}")
+    assert done.returncode == 0, done.stderr
+    tasks = json.loads((tmp_path / "out" / "evaluation.json").read_text())["models"]["run"]["tasks"]
+    assert tasks[1][:3] == ["six", "acc", 0.5] and tasks[1][4] == 6
+    refused = evaluate(folder, "--tasks=seven", f"--task_path={tmp_path}")
+    assert refused.returncode == 2 and "There is no task 'seven'" in refused.stderr
 
 
 def test_one_subset_is_evaluated_kept_or_ablated(folder):
@@ -140,12 +196,14 @@ def test_one_subset_is_evaluated_kept_or_ablated(folder):
     for how in ("subset", "ablate"):
         done = evaluate(folder, f"--{how}={folder / 'three.json'}", "--documents=5")
         assert done.returncode == 0, done.stderr
-        assert f"{'with' if how == 'subset' else 'without'} the experts of {folder / 'three.json'}" in done.stdout
+        assert ("With the experts of the subset" if how == "subset" else "Without the experts") in done.stdout
     (folder / "foreign.json").write_text(Subset(subset.experts, "0123").to_json())
     refused = evaluate(folder, f"--subset={folder / 'foreign.json'}")
     assert refused.returncode == 2 and "The subset was chosen for the model 0123" in refused.stderr
     refused = evaluate(folder, "--keep=8")
-    assert refused.returncode == 2 and "--calibration='' and --keep='8' belong together" in refused.stderr
+    assert refused.returncode == 2 and "--calibration is empty" in refused.stderr
+    refused = evaluate(folder, "--keep=eight")
+    assert refused.returncode == 2 and "--keep='eight' must be numbers" in refused.stderr
 
 
 def fingerprint_of(folder):

@@ -113,12 +113,14 @@ def test_make_alone_lists_every_target():
 
 
 @needs_make
-def test_make_demo_trains_the_tiny_config_and_passes_arguments_on():
-    train = ".venv/bin/python -m emo_jax.train --config=configs/emo_tiny.py --workdir="
-    assert f"{train}'runs/emo_tiny'" in make("-n", "demo")
-    assert f"{train}'/else where' --config.train.steps=5" in make(
-        "-n", "demo", "WORKDIR=/else where", "ARGS=--config.train.steps=5"
-    )
+def test_make_demo_trains_both_arms_on_the_same_tokens_and_compares_them():
+    for argument, folder in (("", "runs"), ("WORKDIR=/else where", "/else where")):
+        made = make("-n", "demo", *filter(None, [argument, "ARGS=--config.train.steps=5"]))
+        made = " ".join(made.replace("\\\n", " ").split())
+        for name in ("emo_tiny", "stdmoe_tiny"):
+            wanted = f"-m emo_jax.train --config=configs/{name}.py --workdir='{folder}/{name}' "
+            assert wanted + f"--config.data.cache_dir='{folder}/tokens' --config.train.steps=5" in made
+        assert f"-m emo_jax.evaluate --model='{folder}/emo_tiny,{folder}/stdmoe_tiny' --keep=32,16,8,4" in made
 
 
 @pytest.fixture

@@ -119,8 +119,7 @@ def _dashes(methods: Sequence[str]) -> str:
 
 def _domains(models: dict[str, Tables]) -> str:
     first = next(iter(models.values()))["retention"]
-    method, size = first[-1][1], min(row[2] for row in first[1:])
-    method = first[1][1]
+    method, size = first[1][1], min(row[2] for row in first[1:])
     rows: list[list[Any]] = [["domain", *models]]
     for domain in dict.fromkeys(row[0] for row in first[1:]):
         found = []
@@ -156,12 +155,15 @@ def _calibration(tables: dict[str, list[list[Any]]]) -> str:
 
 
 def html_table(table: Sequence[Sequence[Any]]) -> str:
-    """A table whose first line is its head; numbers to the right."""
+    """A table whose first line is its head; columns behind the first are numbers, to the right."""
 
-    def cell(value: Any, tag: str = "td") -> str:
-        number = ' class="number"' if tag == "td" and not isinstance(value, str) else ""
-        return f"<{tag}{number}>{page.escape(f'{value:.3f}' if isinstance(value, float) else value)}</{tag}>"
+    def line(row: Sequence[Any], tag: str) -> str:
+        texts = [f"{value:.3f}" if isinstance(value, float) else value for value in row]
+        cells = [
+            f"<{tag}{' class=number' if place else ''}>{page.escape(text)}</{tag}>" for place, text in enumerate(texts)
+        ]
+        return f"<tr>{''.join(cells)}</tr>"
 
-    head = "".join(cell(value, "th") for value in table[0])
-    lines = "".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in table[1:])
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>'
+    rows = "".join(line(row, "td") for row in table[1:])
+    head = line(table[0], "th")
+    return f'<div class="scroll"><table><thead>{head}</thead><tbody>{rows}</tbody></table></div>'

@@ -99,6 +99,7 @@ def evaluate_model(
     texts: Texts,
     *,
     keeps: Sequence[int] = (),
+    matrix_keep: int = 0,
     methods: Sequence[str] = ("router_mass",),
     documents: int = 0,
     calibration_documents: Sequence[int] = (25,),
@@ -112,8 +113,9 @@ def evaluate_model(
     Args:
       model: with all its experts.
       texts: to test and to choose on.
-      keeps: sizes, shared experts included; none: no retention. The cross-domain matrix and the comparison of numbers
-        of documents have the last.
+      keeps: sizes, shared experts included; none: no retention.
+      matrix_keep: the one that the cross-domain matrix and the comparison of numbers of documents are made for; 0: the
+        last.
       methods: criteria of `select`.
       documents: test documents of each domain; 0: all.
       calibration_documents: the same to choose on; the first number is used for the retention, several are compared.
@@ -134,14 +136,14 @@ def evaluate_model(
         changed = {d: losses.under(subset, d, renormalized=renormalized, ablate=ablate) for d in full}
         made["ablated" if ablate else "kept"] = tables.change_table(full, changed)
     if keeps:
-        first, *others = calibration_documents
+        (first, *others), size = calibration_documents, matrix_keep or keeps[-1]
         result = measure_retention(
             model.config,
             model.params,
             texts.calibration(first),
             losses,
             keeps=keeps,
-            matrix_keep=keeps[-1],
+            matrix_keep=size,
             methods=methods,
             log=log,
         )
@@ -156,9 +158,9 @@ def evaluate_model(
                     model.params,
                     texts.calibration(number),
                     losses,
-                    keeps=keeps[-1:],
-                    matrix_keep=keeps[-1],
+                    keeps=[size],
+                    matrix_keep=size,
                     methods=methods[:1],
                 )
-            made["calibration"] = tables.calibration_table(compared, keeps[-1], methods[0])
+            made["calibration"] = tables.calibration_table(compared, size, methods[0])
     return made

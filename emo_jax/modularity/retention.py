@@ -97,7 +97,7 @@ def measure_retention(
     """
     missing = sorted(set(losses.test) - set(calibration))
     require(not missing, f"There are no calibration documents of {', '.join(missing)}.")
-    require(matrix_keep in keeps, f"matrix_keep={matrix_keep} is not one of keeps={list(keeps)}.")
+    require(matrix_keep in keeps, f"matrix_keep={matrix_keep} is not one of keep={list(keeps)}.")
     full = losses.full()
     kept: dict[tuple[str, str, int, str], Loss] = {}
     matrix: dict[tuple[str, str], Loss] = {}

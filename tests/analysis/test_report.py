@@ -329,6 +329,11 @@ def test_a_browser_draws_every_figure_offline_and_fits_a_phone(tmp_path):
         write_report(run_directory(tmp_path / "none", emo, [])),
         write_report(run_directory(tmp_path / "dense", dense, simulate(dense, every=5))),
     ]
+    open_in_a_browser(pages)
+
+
+def open_in_a_browser(pages):
+    """Every figure is drawn, on a desk and on a phone, without an error and without the network."""
     with browser() as chromium:
         for page in pages:
             tab = chromium.new_page(viewport={"width": 1280, "height": 900})
