@@ -54,11 +54,13 @@ class Model:
         """Tells models apart, see `Subset.model`."""
         return fingerprint(self.config, self.params)
 
-    def apply_subset(self, subset: Subset | None, *, renormalized: bool = True, ablate: bool = False) -> "Model":
+    def apply_subset(
+        self, subset: Subset | str | Path | None, *, renormalized: bool = True, ablate: bool = False
+    ) -> "Model":
         """This model confined to a subset of its experts, as a mask: free, and None takes it off again.
 
         Args:
-          subset: of this model.
+          subset: of this model, or its file.
           renormalized: weights are the softmax over the kept experts; False: the whole router's probabilities.
           ablate: all experts but the subset's instead.
 
@@ -66,19 +68,20 @@ class Model:
           UserError: where the subset is another model's or keeps too few experts.
         """
         model = copy.copy(self)
-        model.subset, model._kept = subset, None
+        model.subset, model._kept = None, None
         if subset is not None:
-            subset.check(self.config, self.fingerprint)
-            model._kept = kept_masks(self.config, subset, renormalized=renormalized, ablate=ablate)
+            model.subset = _read(subset)
+            model.subset.check(self.config, self.fingerprint)
+            model._kept = kept_masks(self.config, model.subset, renormalized=renormalized, ablate=ablate)
         return model
 
-    def cut(self, subset: Subset) -> "Model":
-        """A smaller model that holds the subset's experts alone.
+    def cut(self, subset: Subset | str | Path) -> "Model":
+        """A smaller model that holds the experts of a subset, or of its file, alone.
 
         Raises:
           UserError: as `apply_subset`.
         """
-        return Model(*cut(self.config, self.params, subset), self.tokenizer, self.end_of_text_id)
+        return Model(*cut(self.config, self.params, _read(subset)), self.tokenizer, self.end_of_text_id)
 
     def save(self, folder: str | Path) -> None:
         """Writes a folder that `load` reads and a run can start from (`train.init_from`).
@@ -142,7 +145,7 @@ def load(path: str | Path, subset: Subset | str | Path | None = None) -> Model:
     require(path.is_dir(), f"{path} is not a folder; looked for {looked_for}.")
     require((path / CONFIG_FILE).is_file(), f"{path} has no {CONFIG_FILE}; looked for {looked_for}.")
     values = read_json(path / CONFIG_FILE)
-    subset = subset if subset is None or isinstance(subset, Subset) else Subset.load(subset)
+    subset = None if subset is None else _read(subset)
     kept = subset.experts if subset is not None else None
     tokenizer = path / "tokenizer.json" if (path / "tokenizer.json").is_file() else None
     if "model_type" in values:
@@ -164,6 +167,10 @@ def load(path: str | Path, subset: Subset | str | Path | None = None) -> Model:
             end = Tokenizer.from_file(str(tokenizer)).token_to_id(run.data.end_of_text)
         return Model(run.model, params, tokenizer, -1 if end is None else end)
     raise UserError(f"{path / CONFIG_FILE} has neither 'model_type' nor 'model'; looked for {looked_for}.")
+
+
+def _read(subset: Subset | str | Path) -> Subset:
+    return subset if isinstance(subset, Subset) else Subset.load(subset)
 
 
 def _logits(

@@ -142,6 +142,8 @@ class PoolConfig:
     """The last so many routed experts belong to every pool and count towards its size."""
     whole_fraction: float = 0.0
     """Share of documents that use every expert, in all layers; the others draw a size."""
+    whole_step: int = 0
+    """Before this step there are no such documents: experts take sides first, then learn to work without pools too."""
     start_step: int = 0
     """Before this step there are no pools: a standard mixture annealed into EMO."""
     narrowing_steps: int = 0
@@ -168,7 +170,12 @@ class PoolConfig:
             f"pool.forced={self.forced} must lie in 0..pool.min={self.min}: forced experts count towards the pool.",
         )
         require(0 <= self.whole_fraction <= 1, f"pool.whole_fraction={self.whole_fraction} must lie in 0..1.")
-        for name in ("start_step", "narrowing_steps"):
+        require(
+            self.whole_step == 0 or self.whole_fraction > 0,
+            f"pool.whole_step={self.whole_step} is when documents without pools begin, and pool.whole_fraction=0 has "
+            "none; set a share, as in 0.5.",
+        )
+        for name in ("start_step", "narrowing_steps", "whole_step"):
             require(getattr(self, name) >= 0, f"pool.{name}={getattr(self, name)} is negative.")
 
 

@@ -99,7 +99,7 @@ def draw_pools(
 
     Args:
       pool: its `start_step` makes every pool whole before that step, its `narrowing_steps` widen the range after;
-        with its `whole_fraction` some documents have no pool in any layer.
+        with its `whole_fraction`, from its `whole_step` on, some documents have no pool in any layer.
       seed: of the run.
       step: int32 scalar.
       rows, layers, documents: B, L, G.
@@ -119,7 +119,8 @@ def draw_pools(
         size = jax.random.randint(size_key, shape, low, high + 1, dtype=jnp.int32)
         if pool.whole_fraction:
             whole_key = jax.random.fold_in(row_key, 2)  # the other draws stay as they are without it
-            size = jnp.where(jax.random.bernoulli(whole_key, pool.whole_fraction, (documents,)), experts, size)
+            whole_G = jax.random.bernoulli(whole_key, pool.whole_fraction, (documents,)) & (step >= pool.whole_step)
+            size = jnp.where(whole_G, experts, size)
         return PoolDraws(size, jax.random.bits(order_key, (*shape, 2), jnp.uint32))
 
     draws = jax.vmap(draw)(row_keys)

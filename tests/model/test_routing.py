@@ -3,6 +3,7 @@
 Letters: B rows, S sequence, G documents a row, R routed experts, C choices, L layers.
 """
 
+import dataclasses
 import functools
 import itertools
 
@@ -407,6 +408,10 @@ def test_a_share_of_documents_has_no_pool_in_any_layer_and_the_others_draw_as_be
     assert abs(whole_BG.mean() - 0.25) < 4 * np.sqrt(0.25 * 0.75 / whole_BG.size)
     before_BLG = np.asarray(draws(pool=(3, 8, 0))(7, 5).size_BLG)
     np.testing.assert_array_equal(size_BLG, np.where(whole_BG[:, None], EXPERTS, before_BLG))
+    for first, wanted_BLG in ((6, before_BLG), (5, size_BLG)):  # before their step there are none
+        later = dataclasses.replace(config, whole_step=first)
+        drawn = draw_pools(later, 7, np.int32(5), rows=96, layers=LAYERS, documents=DOCUMENTS, experts=EXPERTS)
+        np.testing.assert_array_equal(drawn.size_BLG, wanted_BLG)
 
 
 def test_a_fixed_size_is_drawn_when_min_is_max():
