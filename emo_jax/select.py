@@ -1,7 +1,9 @@
 """Chooses the experts a task needs: `python -m emo_jax.select --model=RUN --data=task.jsonl --keep=32 --out=task.json`.
 
-The data are JSON lines with `text`, or with `prompt` and `answer` (then only the answers' tokens count). Subsets are
-put together with `--compose=union --subsets=a.json,b.json --out=both.json`.
+The data are JSON lines with `text`, or with `prompt` and `answer` (then only the answers' tokens count, unless
+`--tokens=all`). Several files are several tasks, which count alike. ESFT's choice is
+`--method=gate --budget=mass --mass=0.2`. Subsets are put together with
+`--compose=union --subsets=a.json,b.json --out=both.json`.
 """
 
 import hashlib
