@@ -32,7 +32,7 @@ from emo_jax.config import BalanceConfig, Config, DataConfig, ModelConfig, Optim
 
 KEEPS = (32, 16, 8, 4)  # of 32 experts, the shared one included
 QUARTER = 8
-CALIBRATION_DOCUMENTS, TEST_DOCUMENTS = 16, 40
+CALIBRATION_DOCUMENTS, TEST_DOCUMENTS = 16, 20
 ENGLISH = {
     *("medical_qa", "standards", "geography", "dialogue", "math_word_problems", "economics", "scripture"),
 }
@@ -43,13 +43,13 @@ ARMS: dict[str, dict[str, Any]] = {
     "emo": {},
     "standard": {"pool.kind": "none"},
     "standard with balance 0.01": {"pool.kind": "none", "balance.weight": 0.01},
-    "fixed pools of 8": PLAIN | POOLS_OF_8,
+    "emo with pools of 8 throughout": PLAIN | POOLS_OF_8,
+    "emo with pools 3 to 32": PLAIN,
     "random pools": {"pool.kind": "random"},
     "standard of 8 experts": {"pool.kind": "none", "model.num_experts": 8},
     "dense": {"pool.kind": "none", "model.num_experts": 0, "model.d_dense": 128},
 }
 SEARCH: dict[str, dict[str, Any]] = {
-    "pools 3 to 32": PLAIN,
     "pools 8 to 32": PLAIN | {"pool.min": 8},
     "pools 3 to 16": PLAIN | {"pool.max": 16},
     "pools 3 to 32 with balance 0.01": PLAIN | {"balance.weight": 0.01},
@@ -76,7 +76,7 @@ def base(corpus: Path, out: Path, steps: int, seed: int) -> Config:
             d_expert=32,
             dtype="float32",
         ),
-        pool=PoolConfig(kind="document", min=3, max=32),
+        pool=PoolConfig(kind="document", min=8, max=8, whole_fraction=0.75, whole_step=round(0.8 * steps)),
         balance=BalanceConfig(weight=0.1, router_z_weight=1e-3),
         data=DataConfig(
             source="jsonl",
@@ -86,7 +86,7 @@ def base(corpus: Path, out: Path, steps: int, seed: int) -> Config:
             batch_size=16,
             max_documents=16,
             max_document_bytes=2000,
-            heldout_documents=TEST_DOCUMENTS,
+            heldout_documents=CALIBRATION_DOCUMENTS,
         ),
         optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=50, final_fraction=0.1),
         train=TrainConfig(steps=steps, seed=seed, eval_every=0, checkpoint_every=steps, guard_window=0),
