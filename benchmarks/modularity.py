@@ -308,13 +308,16 @@ def verdict(results: dict[str, list[dict[str, Any]]]) -> list[str]:
 def main() -> None:
     """Trains what is not trained yet, measures what is not measured yet, prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--corpus", type=Path, required=True)
+    parser.add_argument("--corpus", type=Path, help="folder of the texts")
     parser.add_argument("--out", type=Path, default=Path("runs/modularity"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=1000, help="of 4096 tokens")
     parser.add_argument("--arms", default=",".join(ARMS), help=f"of {', '.join(ARMS | SEARCH)}")
     parser.add_argument("--documents", type=int, default=TEST_DOCUMENTS, help="test documents of a domain")
     args = parser.parse_args()
+    if args.corpus is None:
+        print("Needs texts of labelled domains: --corpus=DIR with train.jsonl.gz and heldout.jsonl.gz.")
+        return
     from emo_jax.training import train
 
     results: dict[str, list[dict[str, Any]]] = {}
