@@ -4,7 +4,8 @@ Prints loss, next-token accuracy and bits per byte by domain, without document p
 that many experts for each domain on the texts of `--calibration` and prints what each size retains and the cross-domain
 matrix. Without `--data` a run is tested on its own held-out documents, and chooses on those it trained on.
 `--subset=FILE` evaluates the kept experts beside the full model, `--ablate=FILE` all but them; `--tasks=NAMES` runs
-benchmarks of lm-evaluation-harness. Several models, `--model=A,B`, are compared on one page.
+benchmarks of lm-evaluation-harness (and nothing else, unless `--data` or `--keep` ask for it). Several models,
+`--model=A,B`, are compared on one page.
 
 Tables go to `--out` (evaluation.json, evaluation.csv, and retention.html), which is the run directory if not given; its
 report.html then shows them.
@@ -56,45 +57,47 @@ def main() -> int:
     file = _SUBSET.value or _ABLATE.value
     require(not file or len(_MODEL.value) == 1, f"{file} is a subset of one model; --model names {len(_MODEL.value)}.")
     subset = Subset.load(file) if file else None
-    models: dict[str, dict[str, tables.Table]] = {}
+    renormalized, ablate = _WEIGHTS.value == "renormalized", bool(_ABLATE.value)
+    made: dict[str, dict[str, tables.Table]] = {}
+    fingerprints: dict[str, str] = {}
     for path, name in zip(_MODEL.value, _names(_MODEL.value), strict=True):
         model = load(path)
-        texts = Texts(
-            model, Path(path), data=_DATA.value, calibration=_CALIBRATION.value, sequence_length=_SEQUENCE.value
-        )
+        fingerprints[name], made[name] = model.fingerprint, {}
         print(f"\n{name}")
-        made = evaluate_model(
-            model,
-            texts,
-            keeps=keeps,
-            matrix_keep=_MATRIX.value,
-            methods=_METHODS.value,
-            documents=_DOCUMENTS.value,
-            calibration_documents=counts,
-            subset=subset,
-            ablate=bool(_ABLATE.value),
-            renormalized=_WEIGHTS.value == "renormalized",
-        )
-        if _TASKS.value:
+        if _TASKS.value:  # first, since a name may be wrong
             from emo_jax.evaluation.harness import run_tasks
 
-            renormalized = _WEIGHTS.value == "renormalized"
-            confined = model.apply_subset(subset, renormalized=renormalized, ablate=bool(_ABLATE.value))
-            made["tasks"] = run_tasks(
+            confined = model.apply_subset(subset, renormalized=renormalized, ablate=ablate)
+            made[name]["tasks"] = run_tasks(
                 confined, _TASKS.value, task_path=_TASK_PATH.value, fewshot=_FEWSHOT.value, limit=_LIMIT.value
             )
-        for key, table in made.items():
+        if not _TASKS.value or _DATA.value or keeps:
+            texts = Texts(
+                model, Path(path), data=_DATA.value, calibration=_CALIBRATION.value, sequence_length=_SEQUENCE.value
+            )
+            made[name] |= evaluate_model(
+                model,
+                texts,
+                keeps=keeps,
+                matrix_keep=_MATRIX.value,
+                methods=_METHODS.value,
+                documents=_DOCUMENTS.value,
+                calibration_documents=counts,
+                subset=subset,
+                ablate=ablate,
+                renormalized=renormalized,
+            )
+        for key, table in made[name].items():
             print(f"\n{TITLES[key]}\n\n{tables.as_text(table)}")
-        models[name] = made
-    retention = {name: made["retention"] for name, made in models.items() if "retention" in made}
+    retention = {name: new["retention"] for name, new in made.items() if "retention" in new}
     if len(retention) > 1:
         print(f"\nMeans over the domains\n\n{tables.as_text(tables.summary_table(retention))}")
-    _write(models)
+    _write(made, fingerprints)
     return 0
 
 
-def _write(models: dict[str, dict[str, list]]) -> None:
-    """Leaves tables and figures in `--out`, or in the one run's directory."""
+def _write(made: dict[str, dict[str, list]], fingerprints: dict[str, str]) -> None:
+    """Leaves tables and figures in `--out`, or in the one run's directory, beside earlier ones of the same weights."""
     from emo_jax.analysis import EVALUATION_FILE, retention_page, write_page, write_report
     from emo_jax.modularity import tables
 
@@ -104,10 +107,16 @@ def _write(models: dict[str, dict[str, list]]) -> None:
         return
     folder = Path(_OUT.value) if _OUT.value else runs[0]
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / EVALUATION_FILE).write_text(json.dumps({"models": models}, indent=1) + "\n")
+    file = folder / EVALUATION_FILE
+    before = json.loads(file.read_text()) if file.is_file() else {"models": {}, "fingerprints": {}}
+    models = {
+        name: (before["models"][name] if before["fingerprints"].get(name) == fingerprints[name] else {}) | new
+        for name, new in made.items()
+    }
+    file.write_text(json.dumps({"fingerprints": fingerprints, "models": models}, indent=1) + "\n")
     (folder / "evaluation.csv").write_text(tables.as_csv(models))
     page = write_page(folder / "retention.html", retention_page(models)) if _OUT.value else write_report(folder)
-    print(f"\nTables: {folder / EVALUATION_FILE}, {folder / 'evaluation.csv'}\nFigures: {page}")
+    print(f"\nTables: {file}, {folder / 'evaluation.csv'}\nFigures: {page}")
 
 
 def _numbers(flag: str, values: list[str]) -> list[int]:

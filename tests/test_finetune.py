@@ -9,6 +9,9 @@ import sys
 import jax
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
 
 import emo_jax
 from emo_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, PoolConfig, TrainConfig
@@ -17,6 +20,7 @@ from emo_jax.errors import UserError
 from emo_jax.modularity import Subset, SubsetLosses, fingerprint
 from emo_jax.training import train
 from emo_jax.training.weights import load_parameters
+from tests.interop.goldens import GOLDEN, needs_golden
 
 RNG = np.random.default_rng(0)
 WORDS = ["simmer", "onions", "butter", "stock", "salt", "pepper", "keel", "wind", "mast"]
@@ -198,3 +202,34 @@ def test_another_models_subset_and_examples_without_answers_are_refused(folder, 
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "answer": "b"}\n{"prompt": "a"}\n')
     done = finetune(folder, tmp_path / "x", f"--data={tmp_path / 'bad.jsonl'}")
     assert done.returncode == 2 and "bad.jsonl:2 has no string field 'answer'" in done.stderr
+
+
+@needs_golden
+def test_released_weights_go_through_selection_fine_tuning_and_merging(folder, tmp_path):
+    model = tmp_path / "released"
+    shutil.copytree(GOLDEN / "emo_tiny", model)
+    values = json.loads((model / "config.json").read_text())
+    letters = {letter: i for i, letter in enumerate(["<|endoftext|>", *sorted(ByteLevel.alphabet())[:250]])}
+    tokenizer = Tokenizer(BPE(vocab=letters, merges=[]))
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    tokenizer.save(str(model / "tokenizer.json"))
+    (model / "config.json").write_text(json.dumps(values | {"eos_token_id": 0}))
+    texts = f"--data={folder / 'task.jsonl'}"
+    keep = values["num_experts_per_tok"] + 1
+    subset = f"{tmp_path / 'subset.json'}"
+    done = run_main("select", f"--model={model}", texts, f"--keep={keep}", f"--out={subset}", "--documents=20")
+    assert done.returncode == 0, done.stderr
+    flags = [f"--model={model}", texts, f"--subset={subset}", f"--workdir={tmp_path / 'tuned'}"]
+    done = run_main("finetune", *flags, "--config.data.sequence_length=48", "--config.optimizer.learning_rate=0.005")
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "tuned" / "finetune.json").read_text())
+    assert results["after"]["loss"] < results["before"]["loss"]
+    done = run_main("merge", f"--tuned={tmp_path / 'tuned'}", f"--out={tmp_path / 'merged'}", "--weight=0.5")
+    assert done.returncode == 0, done.stderr
+    old, new = (by_name(emo_jax.load(path).params) for path in (model, tmp_path / "merged"))
+    kept = Subset.load(subset).experts[0]
+    changed = [
+        (old["layers/00/moe/routed/up"][e] != new["layers/00/moe/routed/up"][e]).any()
+        for e in range(len(old["layers/00/moe/routed/up"]))
+    ]
+    assert [e for e, moved in enumerate(changed) if moved] == list(kept)

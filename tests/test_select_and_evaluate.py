@@ -158,6 +158,12 @@ def test_runs_are_compared_on_their_own_texts_and_a_report_shows_it(folder, tmp_
             same = next(row for row in made["calibration"] if row[0] == line[0] and row[2] == 5)
             np.testing.assert_allclose(same[3:], line[4:6], atol=1e-9)
     assert "Keep only the experts a domain needs" in (run / "report.html").read_text()
+    # Another evaluation of the same weights adds to it.
+    (tmp_path / "three.json").write_text(Subset(((0, 1, 2), (0, 1, 2)), fingerprint_of(folder)).to_json())
+    done = command("emo_jax.evaluate", f"--model={run}", f"--ablate={tmp_path / 'three.json'}")
+    assert done.returncode == 0, done.stderr
+    more = json.loads((run / "evaluation.json").read_text())["models"]["again"]
+    assert more.keys() - made.keys() == {"ablated"} and more["retention"] == made["retention"]
 
     out = tmp_path / "out"
     done = command("emo_jax.evaluate", f"--model={run},{folder / 'run'}", "--keep=8,4", f"--out={out}")
@@ -182,11 +188,12 @@ def test_a_benchmark_is_run_on_the_model_and_on_its_subset(folder, tmp_path):
         "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
     )
     (folder / "some.json").write_text(Subset(((0, 1, 2), (0, 1, 2)), fingerprint_of(folder)).to_json())
-    flags = ["--tasks=six", f"--task_path={tmp_path}", "--documents=2", f"--subset={folder / 'some.json'}"]
-    done = evaluate(folder, *flags, f"--out={tmp_path / 'out'}")
+    flags = ["--tasks=six", f"--task_path={tmp_path}", f"--subset={folder / 'some.json'}"]
+    done = command("emo_jax.evaluate", f"--model={folder / 'run'}", *flags, f"--out={tmp_path / 'out'}")
     assert done.returncode == 0, done.stderr
-    tasks = json.loads((tmp_path / "out" / "evaluation.json").read_text())["models"]["run"]["tasks"]
-    assert tasks[1][:3] == ["six", "acc", 0.5] and tasks[1][4] == 6
+    made = json.loads((tmp_path / "out" / "evaluation.json").read_text())["models"]["run"]
+    assert made.keys() == {"tasks"}
+    assert made["tasks"][1][:3] == ["six", "acc", 0.5] and made["tasks"][1][4] == 6
     refused = evaluate(folder, "--tasks=seven", f"--task_path={tmp_path}")
     assert refused.returncode == 2 and "There is no task 'seven'" in refused.stderr
 
@@ -203,6 +210,8 @@ def test_one_subset_is_evaluated_kept_or_ablated(folder):
     assert refused.returncode == 2 and "The subset was chosen for the model 0123" in refused.stderr
     refused = evaluate(folder, "--keep=8")
     assert refused.returncode == 2 and "--calibration is empty" in refused.stderr
+    refused = evaluate(folder, f"--calibration={folder / 'texts.jsonl'}", "--keep=8,2")
+    assert refused.returncode == 2 and "keep=2 must lie in 3..8" in refused.stderr and "cooking" not in refused.stdout
     refused = evaluate(folder, "--keep=eight")
     assert refused.returncode == 2 and "--keep='eight' must be numbers" in refused.stderr
 

@@ -62,13 +62,17 @@ def retention_page(models: dict[str, Tables]) -> str:
     """A page of its own about several models."""
     names = " · ".join(models)
     header = f"<header><h1>What survives</h1><p class='soft'>{page.escape(names)}</p></header>"
-    losses = {name: tables["losses"] for name, tables in models.items()}
-    rows = [["domain", *losses]]
-    for number, line in enumerate(next(iter(losses.values()))[1:], 1):
-        rows.append([line[0], *(table[number][1] for table in losses.values())])
+    losses = {
+        name: {line[0]: line[1] for line in tables["losses"][1:]}
+        for name, tables in models.items()
+        if "losses" in tables
+    }
+    rows: list[list[Any]] = [["domain", *losses]]
+    for domain in dict.fromkeys(domain for found in losses.values() for domain in found):
+        rows.append([domain, *(found.get(domain, "–") for found in losses.values())])
     card = page.card("", html_table(rows), "Nats a token with all experts, without pools.", wide=True)
-    body = header + retention_sections(models) + page.section("Full models", "Held-out loss by domain.", [card])
-    return page.page(f"What survives · {names}", body)
+    full = page.section("Full models", "Held-out loss by domain.", [card]) if losses else ""
+    return page.page(f"What survives · {names}", header + retention_sections(models) + full)
 
 
 def _curves(models: dict[str, Tables]) -> str:

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emo_jax.data import DataConfig, TokenStore, domain_batches, examples_by_domain, first_documents, open_store
-from emo_jax.errors import UserError, require
+from emo_jax.errors import UserError, require, require_choice
 from emo_jax.interop.huggingface import CONFIG_FILE, read_json
 from emo_jax.modularity import tables
 from emo_jax.modularity.retention import Batches, SubsetLosses, measure_retention
+from emo_jax.modularity.selection import METHODS, check_keep
 from emo_jax.modularity.subset import Subset
 
 if TYPE_CHECKING:
@@ -127,20 +128,31 @@ def evaluate_model(
     Raises:
       UserError: where a size, a method or the subset cannot work, or there are no texts.
     """
+    if keeps and not model.config.routed_experts:
+        log("This model is dense: it has no experts to keep.")
+        keeps = ()
+    for keep in keeps:
+        check_keep(model.config, keep)
+    for method in methods:
+        require_choice("method", method, METHODS)
+    size = matrix_keep or (keeps[-1] if keeps else 0)
+    require(not keeps or size in keeps, f"matrix_keep={size} is not one of keep={list(keeps)}.")
+    if subset is not None:
+        subset.check(model.config, model.fingerprint)
+    first, *others = calibration_documents
+    calibration = texts.calibration(first) if keeps else {}
     test, sizes = texts.test(documents)
     losses = SubsetLosses(model.config, model.params, test)
     full = losses.full()
     made = {"losses": tables.loss_table(full, sizes)}
     if subset is not None:
-        subset.check(model.config, model.fingerprint)
         changed = {d: losses.under(subset, d, renormalized=renormalized, ablate=ablate) for d in full}
         made["ablated" if ablate else "kept"] = tables.change_table(full, changed)
     if keeps:
-        (first, *others), size = calibration_documents, matrix_keep or keeps[-1]
         result = measure_retention(
             model.config,
             model.params,
-            texts.calibration(first),
+            calibration,
             losses,
             keeps=keeps,
             matrix_keep=size,

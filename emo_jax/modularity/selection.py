@@ -49,16 +49,11 @@ def select(
     require_choice("method", method, METHODS)
     require_choice("budget", budget, BUDGETS)
     require(bool(config.routed_experts), "The model is dense: it has no experts to keep.")
-    least, most = config.num_choices, min(config.routed_experts)
-    routed = keep - config.num_shared_experts
+    least, routed = config.num_choices, keep - config.num_shared_experts
     if budget == "mass":
         require(0 < mass <= 1, f"mass={mass} must lie in 0..1: the share of a layer's score to keep.")
     else:
-        require(
-            least <= routed <= most,
-            f"keep={keep} must lie in {config.top_k}..{most + config.num_shared_experts}: it counts the "
-            f"{config.num_shared_experts} shared experts, and a token uses {config.top_k} (model.top_k).",
-        )
+        check_keep(config, keep)
     require(
         not greedy or budget != "variable",
         "budget='variable' compares layers, which a greedy walk does not know in advance; set greedy=False.",
@@ -88,6 +83,16 @@ def select(
         return Subset(tuple(chosen), fingerprint(config, params), described, data)
     require(False, "A greedy walk follows one calibration set; set greedy=False for several, or unite their subsets.")
     raise AssertionError
+
+
+def check_keep(config: ModelConfig, keep: int) -> None:
+    """Raises `UserError` unless a layer of the model can keep so many experts, shared ones included."""
+    least, most = config.top_k, min(config.routed_experts) + config.num_shared_experts
+    require(
+        least <= keep <= most,
+        f"keep={keep} must lie in {least}..{most}: it counts the {config.num_shared_experts} shared experts, and a "
+        f"token uses {config.top_k} (model.top_k).",
+    )
 
 
 def _share_out(
