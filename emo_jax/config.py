@@ -182,8 +182,9 @@ class Config:
                 f"{layer}, whose routed experts are 0..{routed - 1}.",
             )
         require(
-            not trained or any(trained),
-            "optimizer.trainable_experts names no expert, so nothing would be trained; name some, or leave it empty.",
+            all(trained),
+            f"optimizer.trainable_experts={self.optimizer.trainable_experts!r} names no expert of a layer; name one of "
+            "each, or leave the field empty.",
         )
         require(
             self.pool.kind == "none" or self.pool.start_step < self.train.steps,

@@ -132,6 +132,13 @@ def test_a_wrong_value_is_refused_with_its_field_and_value(overrides):
         ({"pool.start_step": 100}, "pool.start_step=100 must lie before train.steps=100"),
         ({"train.init_from": "a", "train.continue_from": "b"}, "train.init_from and train.continue_from are both set"),
         ({"mesh.data": -1, "mesh.fsdp": -1}, "mesh.data and mesh.fsdp are both -1"),
+        ({"pool.whole_step": 5}, "pool.whole_step=5 is when documents without pools begin"),
+        ({"optimizer.trainable_experts": ("0",)}, "has 1 entries for 2 mixture layers"),
+        ({"optimizer.trainable_experts": ("0", "7")}, "has '7' for mixture layer 1, whose routed experts are 0..6"),
+        ({"optimizer.trainable_experts": ("0", "")}, "names no expert of a layer"),
+        ({"optimizer.trainable_experts": ("0", "1,2")}, "has '1,2'; an entry holds the numbers of a layer's"),
+        ({"train.new_experts": 2}, "change the model of train.init_from, which is empty"),
+        ({"train.new_experts": -1, "train.init_from": "a"}, "train.new_experts=-1 is negative"),
     ],
 )
 def test_fields_that_do_not_fit_together_are_refused_in_words(overrides, words):

@@ -6,13 +6,10 @@ They are cut out before the gradient and the optimizer see them, so that neither
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from emo_jax.config import OptimizerConfig, expert_lists
-
-_EXPERT_AXIS = {"router": 1, "gate": 0, "up": 0, "down": 0}
 
 
 def trained(config: OptimizerConfig, params: Any) -> Any:
@@ -58,9 +55,9 @@ def _chosen(config: OptimizerConfig, tree: Any, pick: Callable[[Any, np.ndarray,
     mixtures = [name for name in sorted(tree["layers"]) if "moe" in tree["layers"][name]]
     layers = {}
     for name, experts in zip(mixtures, _experts(config), strict=True):
-        part = {key: tree["layers"][name]["moe"][key] for key in ("router", "routed")}
-        picked = jax.tree.map_with_path(lambda path, leaf: pick(leaf, experts, _EXPERT_AXIS[path[-1].key]), part)  # noqa: B023
-        layers[name] = {"moe": picked}
+        moe = tree["layers"][name]["moe"]
+        routed = {key: pick(leaf, experts, 0) for key, leaf in moe["routed"].items()}
+        layers[name] = {"moe": {"router": pick(moe["router"], experts, 1), "routed": routed}}
     return {"layers": layers}
 
 
