@@ -25,8 +25,7 @@ def get_config() -> Config:
             d_expert=32,
             dtype="float32",
         ),
-        # Small pools first, then three quarters of the documents without: what the search of BUILD_NOTES.md found.
-        pool=PoolConfig(kind="document", min=8, max=8, whole_fraction=0.75, whole_step=800),
+        pool=PoolConfig(kind="document", min=3, max=32),
         balance=BalanceConfig(weight=0.1, router_z_weight=1e-3),
         data=DataConfig(
             sequence_length=256, batch_size=16, max_documents=16, max_document_bytes=2000, heldout_documents=12
