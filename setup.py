@@ -43,7 +43,7 @@ setup(
     extras_require={
         "tpu": [f"jax[tpu]{JAX_RANGE}"],
         "cuda13": [f"jax[cuda13]{JAX_RANGE}"],
-        "evaluation": ["lm_eval>=0.4.13"],
+        "evaluation": ["lm_eval>=0.4.13", "tqdm>=4.66"],
         "wandb": ["wandb>=0.20"],
         "notebooks": ["jupyterlab>=4", "ipykernel>=6.29", "nbclient>=0.10"],
         "dev": [
