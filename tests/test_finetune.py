@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -13,13 +11,14 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
 import emo_jax
-from emo_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, PoolConfig, TrainConfig
+from emo_jax.config import Config
 from emo_jax.data import examples_by_domain
 from emo_jax.errors import UserError
 from emo_jax.modularity import Subset, SubsetLosses, fingerprint
 from emo_jax.training import train
 from emo_jax.training.weights import load_parameters
 from tests.interop.goldens import GOLDEN, needs_golden
+from tests.mains import run_main, small_run
 
 RNG = np.random.default_rng(0)
 WORDS = ["simmer", "onions", "butter", "stock", "salt", "pepper", "keel", "wind", "mast"]
@@ -32,16 +31,7 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("finetune")
     lines = [json.dumps({"text": " ".join(RNG.choice(WORDS, 12))}) for _ in range(60)]
     (path / "texts.jsonl").write_text("\n".join(lines))
-    config = Config(
-        model=ModelConfig(
-            vocab_size=300, d_model=16, num_layers=2, num_heads=2, num_experts=8, top_k=3, d_expert=8, dtype="float32"
-        ),
-        pool=PoolConfig(min=2, max=8),
-        data=DataConfig(source="jsonl", path=str(path / "texts.jsonl"), sequence_length=32, batch_size=8),
-        optimizer=OptimizerConfig(warmup_steps=2),
-        train=TrainConfig(steps=6, eval_every=0, checkpoint_every=6),
-    )
-    train(config, path / "run", log=lambda text: None)
+    train(small_run(path / "texts.jsonl", steps=6), path / "run", log=lambda text: None)
     model = emo_jax.load(path / "run")
     (path / "subset.json").write_text(Subset(KEPT, fingerprint(model.config, model.params)).to_json())
     examples = [
@@ -56,12 +46,6 @@ def finetune(folder, workdir, *flags):
     own += ["--config.data.sequence_length=24", "--config.data.batch_size=16"]
     own += ["--config.optimizer.learning_rate=0.01", "--config.optimizer.weight_decay=0.1"]
     return run_main("finetune", *own, *flags)
-
-
-def run_main(module, *flags):
-    return subprocess.run(
-        [sys.executable, "-m", f"emo_jax.{module}", *map(str, flags)], capture_output=True, text=True, timeout=200
-    )
 
 
 def by_name(params):

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -11,10 +9,10 @@ import pytest
 from tokenizers import Tokenizer
 
 import emo_jax
-from emo_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, PoolConfig, TrainConfig
 from emo_jax.errors import UserError
 from emo_jax.modularity import Subset, fingerprint
 from emo_jax.training import train
+from tests.mains import run_main, small_run
 
 WORDS = {"cooking": "simmer onions butter stock salt pepper", "sailing": "skipper sheet keel wind rises mast"}
 
@@ -28,30 +26,17 @@ def folder(tmp_path_factory):
         domain = str(rng.choice(sorted(WORDS)))
         lines.append({"text": " ".join(rng.choice(WORDS[domain].split(), 12)), "domain": domain})
     (path / "texts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    config = Config(
-        model=ModelConfig(
-            vocab_size=300, d_model=16, num_layers=2, num_heads=2, num_experts=8, top_k=3, d_expert=8, dtype="float32"
-        ),
-        pool=PoolConfig(min=2, max=8),
-        data=DataConfig(source="jsonl", path=str(path / "texts.jsonl"), sequence_length=32, batch_size=8),
-        optimizer=OptimizerConfig(warmup_steps=2),
-        train=TrainConfig(steps=12, eval_every=0, checkpoint_every=12),
-    )
-    train(config, path / "run", log=lambda text: None)
+    train(small_run(path / "texts.jsonl", steps=12), path / "run", log=lambda text: None)
     return path
 
 
 def select(*flags):
-    return command("emo_jax.select", *flags)
+    return run_main("select", *flags)
 
 
 def evaluate(folder, *flags):
     texts = folder / "texts.jsonl"
-    return command("emo_jax.evaluate", f"--model={folder / 'run'}", f"--data={texts}", "--sequence_length=64", *flags)
-
-
-def command(module, *flags):
-    return subprocess.run([sys.executable, "-m", module, *map(str, flags)], capture_output=True, text=True, timeout=200)
+    return run_main("evaluate", f"--model={folder / 'run'}", f"--data={texts}", "--sequence_length=64", *flags)
 
 
 def test_a_subset_is_chosen_stored_composed_applied_and_cut(folder):
@@ -139,7 +124,7 @@ def test_an_evaluation_prints_and_writes_losses_retention_and_the_matrix(folder,
 def test_runs_are_compared_on_their_own_texts_and_a_report_shows_it(folder, tmp_path):
     run = tmp_path / "again"
     shutil.copytree(folder / "run", run)
-    done = command("emo_jax.evaluate", f"--model={run}", "--keep=8,3", "--calibration_documents=5,1,0")
+    done = run_main("evaluate", f"--model={run}", "--keep=8,3", "--calibration_documents=5,1,0")
     assert done.returncode == 0, done.stderr
     made = json.loads((run / "evaluation.json").read_text())["models"]["again"]
     # The full loss is that of the run's last evaluation, but for where rows are cut.
@@ -155,20 +140,20 @@ def test_runs_are_compared_on_their_own_texts_and_a_report_shows_it(folder, tmp_
     assert "Keep only the experts a domain needs" in (run / "report.html").read_text()
     # Another evaluation of the same weights adds to it.
     (tmp_path / "three.json").write_text(Subset(((0, 1, 2), (0, 1, 2)), fingerprint_of(folder)).to_json())
-    done = command("emo_jax.evaluate", f"--model={run}", f"--ablate={tmp_path / 'three.json'}")
+    done = run_main("evaluate", f"--model={run}", f"--ablate={tmp_path / 'three.json'}")
     assert done.returncode == 0, done.stderr
     more = json.loads((run / "evaluation.json").read_text())["models"]["again"]
     assert more.keys() - made.keys() == {"ablated"} and more["retention"] == made["retention"]
 
     out = tmp_path / "out"
-    done = command("emo_jax.evaluate", f"--model={run},{folder / 'run'}", "--keep=8,4", f"--out={out}")
+    done = run_main("evaluate", f"--model={run},{folder / 'run'}", "--keep=8,4", f"--out={out}")
     assert done.returncode == 0, done.stderr
     assert "Means over the domains" in done.stdout
     page = (out / "retention.html").read_text()
     assert "again" in page and "What survives" in page
     both = json.loads((out / "evaluation.json").read_text())["models"]
     assert both["again"] == both["run"]  # the same weights
-    refused = command("emo_jax.evaluate", f"--model={run},{folder / 'run'}", "--subset=x.json")
+    refused = run_main("evaluate", f"--model={run},{folder / 'run'}", "--subset=x.json")
     assert refused.returncode == 2 and "is a subset of one model; --model names 2" in refused.stderr
 
 
@@ -184,7 +169,7 @@ def test_a_benchmark_is_run_on_the_model_and_on_its_subset(folder, tmp_path):
     )
     (folder / "some.json").write_text(Subset(((0, 1, 2), (0, 1, 2)), fingerprint_of(folder)).to_json())
     flags = ["--tasks=six", f"--task_path={tmp_path}", f"--subset={folder / 'some.json'}"]
-    done = command("emo_jax.evaluate", f"--model={folder / 'run'}", *flags, f"--out={tmp_path / 'out'}")
+    done = run_main("evaluate", f"--model={folder / 'run'}", *flags, f"--out={tmp_path / 'out'}")
     assert done.returncode == 0, done.stderr
     made = json.loads((tmp_path / "out" / "evaluation.json").read_text())["models"]["run"]
     assert made.keys() == {"tasks"}
