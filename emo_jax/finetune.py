@@ -80,7 +80,7 @@ def main() -> int:
     result = train(config, run_dir)
     if result.stopped_by or result.heldout is None:
         print(f"Stopped after step {result.step}. The same command goes on from there.")
-        return 128 + result.stopped_by
+        return result.exit_status
     after = result.heldout.to_json()
     results.write_text(json.dumps({"before": before, "after": after}, indent=1) + "\n")
     _print_losses(before, after)

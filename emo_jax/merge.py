@@ -9,7 +9,7 @@ from pathlib import Path
 from absl import flags
 
 from emo_jax import cli
-from emo_jax.errors import UserError, require
+from emo_jax.errors import require
 
 _TUNED = flags.DEFINE_string("tuned", None, "Run directory of the fine-tuned subset.", required=True)
 _MODEL = flags.DEFINE_string("model", "", "The model it was cut from, where that has moved.")
@@ -27,8 +27,8 @@ def main() -> int:
     """Writes the merged model and prints the report."""
     from emo_jax.api import Model, load
     from emo_jax.config import Config
-    from emo_jax.data import examples_by_domain
     from emo_jax.modularity import Subset, SubsetLosses, merge_back, tables
+    from emo_jax.modularity.evaluation import Texts
 
     tuned_dir, out = Path(_TUNED.value), Path(_OUT.value)
     file = tuned_dir / "subset.json"
@@ -57,16 +57,8 @@ def main() -> int:
     )
     merged = Model(model.config, params, model.tokenizer, model.end_of_text_id)
     if _DATA.value:
-        if model.tokenizer is None:
-            raise UserError(f"{origin} has no tokenizer.json; put the one it was trained with there.")
-        test, _ = examples_by_domain(
-            _DATA.value,
-            model.tokenizer,
-            model.end_of_text_id,
-            documents=_DOCUMENTS.value,
-            sequence_length=_SEQUENCE.value,
-            batch_size=8,
-        )
+        texts = Texts(model, Path(origin), data=_DATA.value, sequence_length=_SEQUENCE.value)
+        test, _ = texts.test(_DOCUMENTS.value)
         before, after = (SubsetLosses(m.config, m.params, test).full() for m in (model, merged))
         print(f"\nNats a token before and after the merge\n\n{tables.as_text(tables.change_table(before, after))}")
     merged.save(out)

@@ -5,7 +5,6 @@ The same command continues a run that was interrupted. Any field of the config c
 """
 
 import re
-import signal
 from pathlib import Path
 
 from absl import flags
@@ -26,7 +25,7 @@ def main() -> int:
     result = train(config, Path(_WORKDIR.value), profile=_profiled(_PROFILE.value, config.train.steps))
     if result.stopped_by or result.heldout is None:
         print(f"Stopped after step {result.step}. The same command goes on from there.")
-        return 0 if result.stopped_by == signal.SIGTERM else 128 + result.stopped_by
+        return result.exit_status
     print("\nHeld-out loss by domain (nats a token, no document pool):")
     width = max(map(len, result.heldout.domains), default=0)
     for name, part in sorted(result.heldout.domains.items(), key=lambda item: item[1]):

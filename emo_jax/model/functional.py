@@ -41,6 +41,11 @@ def abstract_parameters(config: ModelConfig) -> Parameters:
     return nnx.to_pure_dict(_abstract(config)[1])
 
 
+def mixture_layers(params: Parameters) -> list[str]:
+    """Names of the layers that are mixtures, in order."""
+    return [name for name in sorted(params["layers"]) if "moe" in params["layers"][name]]
+
+
 def logical_axes(config: ModelConfig) -> Parameters:
     """A `PartitionSpec` of logical axis names for each parameter."""
     return nnx.to_pure_dict(nnx.get_partition_spec(_abstract(config)[1]))

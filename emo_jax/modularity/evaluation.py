@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from emo_jax.config import Config
 from emo_jax.data import DataConfig, TokenStore, domain_batches, examples_by_domain, first_documents, open_store
 from emo_jax.errors import UserError, require, require_choice
 from emo_jax.interop.huggingface import CONFIG_FILE, read_json
@@ -83,16 +84,12 @@ class Texts:
         )
 
     def _store(self) -> tuple[TokenStore, DataConfig]:
-        values = read_json(self._folder / CONFIG_FILE)
-        config = DataConfig(**{name: _frozen(value) for name, value in values.get("data", {}).items()})
+        of_a_run = "model_type" not in read_json(self._folder / CONFIG_FILE)
+        config = Config.from_json((self._folder / CONFIG_FILE).read_text()).data if of_a_run else DataConfig()
         directory = Path(config.cache_dir or self._folder / "data")
         if not (directory / "manifest.json").is_file():
             raise UserError(f"{self._folder} has no held-out texts of its own; name some with --data=FILE.")
         return open_store(directory), config
-
-
-def _frozen(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
 
 
 def evaluate_model(

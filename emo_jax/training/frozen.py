@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from emo_jax.config import OptimizerConfig, expert_lists
+from emo_jax.model import mixture_layers
 
 
 def trained(config: OptimizerConfig, params: Any) -> Any:
@@ -52,9 +53,8 @@ def trained_shardings(config: OptimizerConfig, shardings: Any) -> Any:
 def _chosen(config: OptimizerConfig, tree: Any, pick: Callable[[Any, np.ndarray, int], Any]) -> Any:
     if not config.trainable_experts:
         return tree
-    mixtures = [name for name in sorted(tree["layers"]) if "moe" in tree["layers"][name]]
     layers = {}
-    for name, experts in zip(mixtures, _experts(config), strict=True):
+    for name, experts in zip(mixture_layers(tree), _experts(config), strict=True):
         moe = tree["layers"][name]["moe"]
         routed = {key: pick(leaf, experts, 0) for key, leaf in moe["routed"].items()}
         layers[name] = {"moe": {"router": pick(moe["router"], experts, 1), "routed": routed}}

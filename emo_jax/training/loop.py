@@ -46,6 +46,11 @@ class Result:
     heldout: HeldoutLoss | None
     report: Path
 
+    @property
+    def exit_status(self) -> int:
+        """Of a program that ends so: SIGTERM is a preemption and no failure."""
+        return 0 if self.stopped_by in (0, signal.SIGTERM) else 128 + self.stopped_by
+
 
 def train(
     config: Config, run_dir: Path, log: Callable[[str], None] = print, profile: tuple[int, int] | None = None

@@ -17,7 +17,7 @@ from emo_jax.config import Config, expert_lists
 from emo_jax.data.tokenizer import load_tokenizer
 from emo_jax.errors import require
 from emo_jax.interop.huggingface import CONFIG_FILE, read_json
-from emo_jax.model import ModelConfig, abstract_parameters
+from emo_jax.model import ModelConfig, abstract_parameters, mixture_layers
 from emo_jax.training.checkpoints import check_same_run, same_run, saved_steps
 from emo_jax.training.weights import saved_model, saved_parameters
 
@@ -184,7 +184,7 @@ def initial_parameters(config: Config, shardings: Any) -> Any:
     """
     kept = expert_lists("train.keep_experts", config.train.keep_experts) or None
     params = saved_parameters(Path(config.train.init_from), shardings, kept)
-    mixtures = [name for name in sorted(params["layers"]) if "moe" in params["layers"][name]]
+    mixtures = mixture_layers(params)
     key = jax.random.key(config.train.seed, impl="threefry2x32")
 
     def extended(name: str, parameter: str, leaf: Any) -> jax.Array:

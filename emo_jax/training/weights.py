@@ -15,7 +15,7 @@ from emo_jax.config import Config
 from emo_jax.errors import UserError, require
 from emo_jax.interop import read_config, read_parameters, read_routers
 from emo_jax.interop.huggingface import CONFIG_FILE, read_json
-from emo_jax.model import ModelConfig, abstract_parameters
+from emo_jax.model import ModelConfig, abstract_parameters, mixture_layers
 from emo_jax.modularity import fingerprint
 from emo_jax.training.checkpoints import FORMAT_VERSION, check, checksums, chunks, digest, first_line, read_meta
 
@@ -38,7 +38,7 @@ def load_parameters(
     abstract = abstract_parameters(config.model)
     if kept is None:
         return config, _read(Path(run_dir), step, abstract, shardings, None), step
-    params = _read(Path(run_dir), step, abstract, shardings, dict(zip(_mixtures(abstract), kept, strict=True)))
+    params = _read(Path(run_dir), step, abstract, shardings, dict(zip(mixture_layers(abstract), kept, strict=True)))
     config.model = config.model.with_routed_experts([len(experts) for experts in kept])
     return config, params, step
 
@@ -141,10 +141,6 @@ def _newest(run_dir: Path) -> tuple[Config, int]:
     if step is None:
         raise UserError(f"{run_dir} has no checkpoint yet; let the run reach train.checkpoint_every steps.")
     return config, step
-
-
-def _mixtures(params: Any) -> list[str]:
-    return [name for name in sorted(params["layers"]) if "moe" in params["layers"][name]]
 
 
 def _read(
