@@ -154,7 +154,7 @@ def load(path: str | Path, subset: Subset | str | Path | None = None) -> Model:
             subset.check(config, fingerprint(config, read_routers(path, config)))
         end = values.get("eos_token_id")
         params = read_parameters(path, config, kept)
-        config = config if subset is None else config.with_routed_experts([len(experts) for experts in subset.experts])
+        config = config if subset is None else config.cut(subset.experts)
         return Model(config, params, tokenizer, end if isinstance(end, int) else -1)
     if "model" in values:
         from emo_jax.training import weights  # here, because Orbax takes seconds to import

@@ -162,7 +162,7 @@ def read_parameters(
       UserError: no safetensors file, an unreadable one, or a tensor that is missing, too many, of another shape or
         not floating-point.
     """
-    held = config if kept is None else config.with_routed_experts([len(experts) for experts in kept])
+    held = config if kept is None else config.cut(kept)
     params = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), abstract_parameters(held))
     _fill(Path(folder), config, params, _tensors(config, kept))
     return params

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from emo_jax.model.config import ModelConfig
-from emo_jax.model.layers import weight
+from emo_jax.model.layers import rms_norm, scale, weight
 
 QUERY_CHUNK = 1024
 """Most queries whose scores exist at once; longer rows go through in chunks, recomputed for the backward pass."""
@@ -65,13 +65,22 @@ class Attention(nnx.Module):
         self.key = weight(config, (d, k, n), ("embed", "heads", "head"))
         self.value = weight(config, (d, k, n), ("embed", "heads", "head"))
         self.out = weight(config, (h, n, d), ("heads", "head", "embed"))
-        self.theta = config.rope_theta
+        self.theta, self.epsilon = config.rope_theta, config.norm_epsilon
+        if config.qk_norm:
+            self.query_norm, self.key_norm = scale(config, h * n), scale(config, k * n)
 
     def __call__(self, x_BSD: jax.Array, document_ids_BS: jax.Array, positions_BS: jax.Array) -> jax.Array:
         """[B, S, D] to [B, S, D], in x's dtype."""
         q, k, v = (
             jnp.einsum("bsd,dhn->bshn", x_BSD, w[...].astype(x_BSD.dtype)) for w in (self.query, self.key, self.value)
         )
+        if hasattr(self, "query_norm"):
+            q, k = (self._normalized(*pair) for pair in ((q, self.query_norm), (k, self.key_norm)))
         q, k = (rotate(x, positions_BS, self.theta) for x in (q, k))
         y_BSHN = document_attention(q, k, v, document_ids_BS)
         return jnp.einsum("bshn,hnd->bsd", y_BSHN, self.out[...].astype(x_BSD.dtype))
+
+    def _normalized(self, x_BSHN: jax.Array, scale: nnx.Param) -> jax.Array:
+        """RMSNorm over all heads together."""
+        flat = x_BSHN.reshape(*x_BSHN.shape[:2], -1)
+        return rms_norm(flat, scale[...], self.epsilon).reshape(x_BSHN.shape)

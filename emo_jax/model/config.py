@@ -7,6 +7,7 @@ from emo_jax.errors import require, require_choice
 
 POOL_KINDS = ("none", "document", "random")
 BALANCE_SCOPES = ("global", "buffer", "microbatch", "local")
+NORM_PLACEMENTS = ("pre", "post")
 REMAT_POLICIES = ("none", "full", "dots")
 DTYPES = ("bfloat16", "float32", "float64")
 
@@ -32,6 +33,10 @@ class ModelConfig:
     """Base of the rotary position embedding."""
     norm_epsilon: float = 1e-6
     """ε of RMSNorm."""
+    norm_placement: str = "pre"
+    """Where norms act: `pre`, on what attention and feed-forward read; `post`, on what they return (OLMo 2)."""
+    qk_norm: bool = False
+    """RMSNorm over the queries and over the keys of all heads together, before their rotation (OLMo 2, OLMoE)."""
     num_experts: int = 128
     """E: experts of a mixture layer; 0: every layer is dense."""
     num_shared_experts: int = 1
@@ -46,6 +51,9 @@ class ModelConfig:
     """Hidden width of dense feed-forward layers; needed where a layer has no experts."""
     normalize_top_k: bool = False
     """Scale a token's routed weights to sum to 1 (other published mixtures do; EMO does not)."""
+    always_active_experts: tuple[str, ...] = ()
+    """Routed experts that every token chooses, an entry a mixture layer as in '0 5'; they count in K and keep the
+    weight that the router gives them (unlike shared ones). Empty: none."""
     init_std: float = 0.02
     """Standard deviation of the initial weights, cut at three of it."""
     dtype: str = "bfloat16"
@@ -79,12 +87,34 @@ class ModelConfig:
         """C: routed experts a token uses."""
         return self.top_k - self.num_shared_experts
 
+    def always_active(self, layer: int) -> tuple[int, ...]:
+        """Those of `always_active_experts` in one mixture layer."""
+        return tuple(int(e) for e in self.always_active_experts[layer].split()) if self.always_active_experts else ()
+
     def with_routed_experts(self, counts: Sequence[int]) -> "ModelConfig":
         """The same model with other numbers of routed experts, one a mixture layer."""
         left = iter(counts)
         totals = tuple(next(left) + self.num_shared_experts if experts else 0 for experts in self.layer_experts)
         equal = len(set(totals)) == 1
         return dataclasses.replace(self, num_experts=max(totals), experts_per_layer=() if equal else totals)
+
+    def cut(self, kept: Sequence[Sequence[int]]) -> "ModelConfig":
+        """The same model with some of its routed experts, ascending, renumbered from 0; one list a mixture layer.
+
+        Raises:
+          UserError: where an always active expert is not kept.
+        """
+        always = []
+        for layer, experts in enumerate(kept):
+            for expert in self.always_active(layer):
+                require(
+                    expert in experts,
+                    f"The subset leaves out expert {expert} of mixture layer {layer}, which every token uses "
+                    "(model.always_active_experts); keep it.",
+                )
+            always.append(" ".join(str(list(experts).index(expert)) for expert in self.always_active(layer)))
+        smaller = self.with_routed_experts([len(experts) for experts in kept])
+        return dataclasses.replace(smaller, always_active_experts=tuple(always) if any(always) else ())
 
     def validate(self) -> None:
         """Raises `UserError` naming the first field that cannot work."""
@@ -101,6 +131,7 @@ class ModelConfig:
         for name in ("rope_theta", "norm_epsilon", "init_std"):
             require(getattr(self, name) > 0, f"model.{name}={getattr(self, name)} must be positive.")
         require_choice("model.dtype", self.dtype, DTYPES)
+        require_choice("model.norm_placement", self.norm_placement, NORM_PLACEMENTS)
         require_choice("model.remat", self.remat, REMAT_POLICIES)
         require(
             len(self.layer_experts) == self.num_layers,
@@ -124,6 +155,24 @@ class ModelConfig:
                 self.num_choices <= min(self.routed_experts),
                 f"model.top_k={self.top_k} asks for {self.num_choices} routed experts, but a layer has only "
                 f"{min(self.routed_experts)}; lower top_k or raise the number of experts.",
+            )
+        self._validate_always_active()
+
+    def _validate_always_active(self) -> None:
+        if not self.always_active_experts:
+            return
+        require(
+            len(self.always_active_experts) == len(self.routed_experts),
+            f"model.always_active_experts has {len(self.always_active_experts)} entries for "
+            f"{len(self.routed_experts)} mixture layers; give one a layer, as in ('0', '0'), or none at all.",
+        )
+        for layer, routed in enumerate(self.routed_experts):
+            text = self.always_active_experts[layer]
+            experts = [int(part) for part in text.split() if part.isdecimal()]
+            require(
+                len(set(experts)) == len(text.split()) < self.num_choices and all(e < routed for e in experts),
+                f"model.always_active_experts has {text!r} for mixture layer {layer}: give different numbers of "
+                f"0..{routed - 1}, fewer than the {self.num_choices} routed experts that a token uses.",
             )
 
 

@@ -23,9 +23,9 @@ def weight(config: ModelConfig, shape: tuple[int, ...], axes: tuple[str, ...]) -
     return nnx.Param(jnp.zeros(shape, param_dtype(config)), out_sharding=axes)
 
 
-def scale(config: ModelConfig) -> nnx.Param:
-    """Declares an RMSNorm's scale [D]."""
-    return weight(config, (config.d_model,), ("norm",))
+def scale(config: ModelConfig, width: int = 0) -> nnx.Param:
+    """Declares an RMSNorm's scale [D], or of another width."""
+    return weight(config, (width or config.d_model,), ("norm",))
 
 
 def rms_norm(x_BSD: jax.Array, scale_D: jax.Array, epsilon: float) -> jax.Array:

@@ -28,8 +28,8 @@ class RoutedExperts(nnx.Module):
 class MixtureOfExperts(nnx.Module):
     """y = Σ_chosen w · Expert(x) + Σ_shared Expert(x) (paper section 2)."""
 
-    def __init__(self, config: ModelConfig, experts: int):
-        self.config = config
+    def __init__(self, config: ModelConfig, experts: int, always_active: tuple[int, ...] = ()):
+        self.config, self.always_active = config, always_active
         self.router = weight(config, (config.d_model, experts), ("embed", "expert"))
         self.routed = RoutedExperts(config, experts)
         if config.num_shared_experts:
@@ -76,6 +76,7 @@ class MixtureOfExperts(nnx.Module):
             seed_BG2=draws.seed_BLG[:, layer] if draws else None,
             documents=documents,
             kept=kept,
+            always_active=self.always_active,
         )
 
         def experts(x_BSD, indices_BSC, weights_BSC, gate, up, down):

@@ -77,7 +77,7 @@ class Routing(NamedTuple):
     """What a layer's router decided.
 
     Attributes:
-      indices_BSC: int32 chosen experts by falling weight; R for a token of document 0.
+      indices_BSC: int32 chosen experts, always active ones first, by falling weight; R for a token of document 0.
       weights_BSC: their weights, in the logits' precision; 0 for a token of document 0.
       logits_BSR: router logits z, unmasked.
       totals: sums for losses and metrics.
@@ -162,6 +162,7 @@ def route(
     seed_BG2: jax.Array | None = None,
     documents: int = 1,
     kept: Kept | None = None,
+    always_active: tuple[int, ...] = (),
 ) -> Routing:
     """Pools, top-C and the sums that losses and metrics need, of one layer.
 
@@ -174,8 +175,10 @@ def route(
       size_BG, seed_BG2: this layer's `PoolDraws`; a pool needs its size, a random one its seed too.
       documents: G, needed without a pool (for the statistics of documents).
       kept: a subset of the experts; None: all.
+      always_active: experts that every token chooses, at the weight that the router gives them.
     """
     experts = logits_BSR.shape[-1]
+    always_R = jnp.isin(jnp.arange(experts), jnp.array(always_active, jnp.int32))
     documents = documents if size_BG is None else size_BG.shape[-1]
     dtype = logits_BSR.dtype
     routed_BS = document_ids_BS > 0
@@ -194,6 +197,7 @@ def route(
         if pool.kind == "random":
             assert seed_BG2 is not None, "a random pool needs its seed"
             score_BGR = random_scores(seed_BG2, experts)
+        score_BGR = jnp.where(always_R, jnp.inf, score_BGR) if always_active else score_BGR
         in_pool_BGR = choose_pool(score_BGR, size_BG, pool.forced)
         # Exact in any precision: each token has one document. Tokens of document 0 keep every logit finite.
         in_pool_BSR = jnp.einsum("bsg,bgr->bsr", document_BSG, in_pool_BGR.astype(dtype)) > 0.5
@@ -209,7 +213,8 @@ def route(
     if kept is not None:
         w_BSR = jnp.where(kept.renormalized, w_BSR, jnp.where(masked_BSR > -jnp.inf, p_BSR, 0))
     # By logits, not by w: equal order, but no ties where exp underflows, so a masked expert is never chosen.
-    indices_BSC = _largest(jax.lax.stop_gradient(masked_BSR), choices)
+    wanted_BSR = jnp.where(always_R, jnp.inf, masked_BSR) if always_active else masked_BSR
+    indices_BSC = _largest(jax.lax.stop_gradient(wanted_BSR), choices)
     chosen_BSCR = jax.nn.one_hot(indices_BSC, experts, dtype=dtype)
     weights_BSC = (w_BSR[:, :, None, :] * chosen_BSCR).sum(-1)  # a gather whose transpose is not a scatter
     if normalize:

@@ -24,15 +24,18 @@ REMAT: dict[str, Callable[..., bool] | None] = {
 
 
 class Block(nnx.Module):
-    """h = x + Attention(norm(x)); y = h + FeedForward(norm(h)); the feed-forward dense or a mixture."""
+    """h = x + Attention(norm(x)); y = h + FeedForward(norm(h)); the feed-forward dense or a mixture.
 
-    def __init__(self, config: ModelConfig, experts: int):
-        self.epsilon = config.norm_epsilon
+    With norms placed `post`: h = x + norm(Attention(x)); y = h + norm(FeedForward(h)).
+    """
+
+    def __init__(self, config: ModelConfig, experts: int, always_active: tuple[int, ...] = ()):
+        self.epsilon, self.post = config.norm_epsilon, config.norm_placement == "post"
         self.attention_norm = scale(config)
         self.attention = Attention(config)
         self.ffn_norm = scale(config)
         if experts:
-            self.moe = MixtureOfExperts(config, experts - config.num_shared_experts)
+            self.moe = MixtureOfExperts(config, experts - config.num_shared_experts, always_active)
         else:
             self.ffn = FeedForward(config, config.d_dense)
 
@@ -40,19 +43,25 @@ class Block(nnx.Module):
         self, x_BSD: jax.Array, document_ids_BS: jax.Array, positions_BS: jax.Array, **routing: Any
     ) -> tuple[jax.Array, Routing | None]:
         """The residual stream after this block, and its routing (None where dense)."""
-        x_BSD, normal = self.attend(x_BSD, document_ids_BS, positions_BS)
+        x_BSD, read_BSD = self.attend(x_BSD, document_ids_BS, positions_BS)
+        decided = None
         if hasattr(self, "moe"):
-            y_BSD, decided = self.moe(normal, document_ids_BS, **routing)
-            return x_BSD + y_BSD, decided
-        return x_BSD + self.ffn(normal), None
+            y_BSD, decided = self.moe(read_BSD, document_ids_BS, **routing)
+        else:
+            y_BSD = self.ffn(read_BSD)
+        return x_BSD + self._norm(y_BSD, self.ffn_norm, self.post), decided
 
     def attend(
         self, x_BSD: jax.Array, document_ids_BS: jax.Array, positions_BS: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """The residual stream after attention, and normalised as the feed-forward reads it."""
-        normal = rms_norm(x_BSD, self.attention_norm[...], self.epsilon)
-        x_BSD = x_BSD + self.attention(normal, document_ids_BS, positions_BS)
-        return x_BSD, rms_norm(x_BSD, self.ffn_norm[...], self.epsilon)
+        """The residual stream after attention, and what the feed-forward reads of it."""
+        read_BSD = self._norm(x_BSD, self.attention_norm, not self.post)
+        y_BSD = self.attention(read_BSD, document_ids_BS, positions_BS)
+        x_BSD = x_BSD + self._norm(y_BSD, self.attention_norm, self.post)
+        return x_BSD, self._norm(x_BSD, self.ffn_norm, not self.post)
+
+    def _norm(self, x_BSD: jax.Array, scale: nnx.Param, here: bool) -> jax.Array:
+        return rms_norm(x_BSD, scale[...], self.epsilon) if here else x_BSD
 
 
 class Transformer(nnx.Module):
@@ -61,7 +70,11 @@ class Transformer(nnx.Module):
     def __init__(self, config: ModelConfig):
         self.config = config
         self.embedding = weight(config, (config.vocab_size, config.d_model), ("vocab", "embed"))
-        self.layers = nnx.Dict({f"{i:02d}": Block(config, experts) for i, experts in enumerate(config.layer_experts)})
+        blocks, mixtures = {}, 0
+        for i, experts in enumerate(config.layer_experts):
+            blocks[f"{i:02d}"] = Block(config, experts, config.always_active(mixtures) if experts else ())
+            mixtures += experts > 0
+        self.layers = nnx.Dict(blocks)
         self.final_norm = scale(config)
         self.head = weight(config, (config.d_model, config.vocab_size), ("embed", "vocab"))
 

@@ -77,7 +77,8 @@ def calibrate(
     result: list[Statistics] = []
     for name, experts in zip(sorted(params["layers"]), config.layer_experts, strict=True):
         state = params["layers"][name]
-        measure, advance = _layer_functions(json.dumps(dataclasses.asdict(config)), experts)
+        always = config.always_active(len(result)) if experts else ()
+        measure, advance = _layer_functions(json.dumps(dataclasses.asdict(config)), experts, always)
         kept = None
         if experts:
             sums = [measure(state, x, *given) for x, given in zip(streams, inputs, strict=True)]
@@ -90,11 +91,11 @@ def calibrate(
 
 
 @functools.cache
-def _layer_functions(config_json: str, experts: int) -> tuple[Callable, Callable]:
+def _layer_functions(config_json: str, experts: int, always: tuple[int, ...]) -> tuple[Callable, Callable]:
     """Jitted `_measure` and `_advance` of a layer; compiled once for all layers (and models) that are alike."""
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(config_json).items()}
     config = ModelConfig(**values)
-    graph = nnx.split(nnx.eval_shape(lambda: Block(config, experts)))[0]
+    graph = nnx.split(nnx.eval_shape(lambda: Block(config, experts, always)))[0]
     return jax.jit(functools.partial(_measure, graph)), jax.jit(functools.partial(_advance, graph))
 
 
@@ -115,7 +116,13 @@ def _measure(
     logits_BSR = moe.router_logits(normal_BSD)
     experts, wide = logits_BSR.shape[-1], logits_BSR.dtype
     config = moe.config
-    routing = route(logits_BSR, ids_BS, choices=config.num_choices, normalize=config.normalize_top_k)
+    routing = route(
+        logits_BSR,
+        ids_BS,
+        choices=config.num_choices,
+        normalize=config.normalize_top_k,
+        always_active=moe.always_active,
+    )
     weights = [w[...].astype(normal_BSD.dtype) for w in (moe.routed.gate, moe.routed.up, moe.routed.down)]
     flat = normal_BSD.reshape(-1, normal_BSD.shape[-1])
     norms_BSC = expert_norms(flat, routing.indices_BSC.reshape(len(flat), -1), *weights).reshape(

@@ -58,12 +58,13 @@ def select(
         not greedy or budget != "variable",
         "budget='variable' compares layers, which a greedy walk does not know in advance; set greedy=False.",
     )
+    always = [config.always_active(layer) for layer in range(len(config.routed_experts))]
     described = f"{method} keep={keep} budget={budget}" + (f" mass={mass}" if budget == "mass" else "")
     described += " greedy" if greedy and method != "random" else ""
     if method == "random":
         rng = np.random.default_rng(seed)
         scores = [rng.random(experts) for experts in config.routed_experts]
-        experts = _share_out(scores, routed, budget, mass, least)
+        experts = _share_out(scores, always, routed, budget, mass, least)
         return Subset(experts, fingerprint(config, params), f"{described} seed={seed}", data)
 
     sets = [list(batches) for batches in calibration]
@@ -71,12 +72,14 @@ def select(
     if not greedy:
         every = [[score(method, s) for s in calibrate(config, params, batches)] for batches in sets]
         mean = [np.mean(layer, axis=0) for layer in zip(*every, strict=True)]
-        return Subset(_share_out(mean, routed, budget, mass, least), fingerprint(config, params), described, data)
+        return Subset(
+            _share_out(mean, always, routed, budget, mass, least), fingerprint(config, params), described, data
+        )
     if len(sets) == 1:
         chosen: list[tuple[int, ...]] = []
 
         def choose(layer: int, statistics: Statistics) -> np.ndarray:
-            chosen.extend(_share_out([score(method, statistics)], routed, budget, mass, least))
+            chosen.extend(_share_out([score(method, statistics)], always[layer:], routed, budget, mass, least))
             return np.isin(np.arange(config.routed_experts[layer]), chosen[layer])
 
         calibrate(config, params, sets[0], choose)
@@ -96,10 +99,18 @@ def check_keep(config: ModelConfig, keep: int) -> None:
 
 
 def _share_out(
-    scores: Sequence[np.ndarray], routed: int, budget: str, mass: float, least: int
+    scores: Sequence[np.ndarray],
+    always: Sequence[tuple[int, ...]],
+    routed: int,
+    budget: str,
+    mass: float,
+    least: int,
 ) -> tuple[tuple[int, ...], ...]:
-    """The best experts of each layer, ties to the lower index."""
-    orders = [np.argsort(-score_R, kind="stable") for score_R in scores]
+    """The best experts of each layer, those that are always active before all others, ties to the lower index."""
+    orders = [
+        np.lexsort((-score_R, ~np.isin(np.arange(len(score_R)), first)))
+        for score_R, first in zip(scores, always, strict=False)
+    ]
     if budget == "uniform":
         counts = [routed] * len(scores)
     elif budget == "mass":

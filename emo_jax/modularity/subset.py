@@ -156,7 +156,7 @@ def cut(config: ModelConfig, params: Any, subset: Subset) -> tuple[ModelConfig, 
             routed = {key: value[kept] for key, value in moe["routed"].items()}
             layer = layer | {"moe": moe | {"routed": routed, "router": moe["router"][:, kept]}}
         layers[name] = layer
-    return config.with_routed_experts([len(kept) for kept in subset.experts]), params | {"layers": layers}
+    return config.cut(subset.experts), params | {"layers": layers}
 
 
 def merge_back(

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from emo_jax.config import Config
 from emo_jax.model import LanguageLoss, RoutingTotals, balance_loss
@@ -59,8 +60,8 @@ def combine(
     language = jax.tree.map(lambda total: total / loss_tokens, sums.language)
     loss, parts = language.total, {"cross_entropy": language.cross_entropy, "logits_z": language.logits_z}
     if sums.routing:
-        per_layer = zip(sums.routing, buffers or (None,) * len(sums.routing), strict=True)
-        parts["balance"] = jnp.stack([_balance(config, totals, buffer) for totals, buffer in per_layer]) / routed_tokens
+        layers = enumerate(zip(sums.routing, buffers or (None,) * len(sums.routing), strict=True))
+        parts["balance"] = jnp.stack([_balance(config, *layer, i) for i, layer in layers]) / routed_tokens
         parts["router_z"] = jnp.stack([totals.z_B.sum() for totals in sums.routing]) / routed_tokens
         loss += config.balance.weight * parts["balance"].mean()
         loss += config.balance.router_z_weight * parts["router_z"].mean()
@@ -75,8 +76,11 @@ def add_to_buffers(buffers: tuple[Counted, ...], routing: tuple[RoutingTotals, .
     )
 
 
-def _balance(config: Config, totals: RoutingTotals, buffer: Counted | None) -> jax.Array:
-    """The balance loss of these rows times their routed tokens, over one scope or groups of `local_rows`."""
+def _balance(config: Config, totals: RoutingTotals, buffer: Counted | None, layer: int) -> jax.Array:
+    """The balance loss of these rows times their routed tokens, over one scope or groups of `local_rows`.
+
+    Experts that every token uses have nothing to balance and are left out of it, as in the public code.
+    """
     rows = totals.tokens_B.shape[0]
     group = config.balance.local_rows if config.balance.scope == "local" else rows
 
@@ -84,11 +88,13 @@ def _balance(config: Config, totals: RoutingTotals, buffer: Counted | None) -> j
         return x.reshape(rows // group, group, *x.shape[1:]).sum(1)
 
     counts, weights, tokens = (groups(x) for x in (totals.counts_BR, totals.weights_BR, totals.tokens_B))
-    choices = config.model.num_choices
-    if buffer is None:
-        losses = balance_loss(counts, weights, tokens, choices)
-    else:
-        losses = balance_loss(buffer.counts_R[None], weights, tokens, choices, buffer.tokens[None])
+    always = config.model.always_active(layer)
+    choices = config.model.num_choices - len(always)
+    balanced = np.setdiff1d(np.arange(counts.shape[-1]), always)
+    counted = counts if buffer is None else buffer.counts_R[None]
+    if always:
+        counted, weights = counted[:, balanced], weights[:, balanced]
+    losses = balance_loss(counted, weights, tokens, choices, None if buffer is None else buffer.tokens[None])
     return (losses * tokens).sum()
 
 

@@ -129,7 +129,8 @@ def changed_model(model: ModelConfig, keep_experts: Sequence[str], new_experts: 
             f"train.keep_experts has {keep_experts[layer]!r} for mixture layer {layer}; name at least "
             f"{model.num_choices} of its routed experts 0..{routed[layer] - 1}.",
         )
-    return model.with_routed_experts([count + new_experts for count in ([len(e) for e in kept] or routed)])
+    model = model.cut(kept) if kept else model
+    return model.with_routed_experts([count + new_experts for count in model.routed_experts])
 
 
 def check_origin(config: Config) -> None:
@@ -168,7 +169,17 @@ def check_origin(config: Config) -> None:
 def _resolved(model: ModelConfig) -> dict[str, Any]:
     """What must be equal for weights to mean the same."""
     fields = {name: value for name, value in dataclasses.asdict(model).items() if name not in _FREE}
-    unused = () if model.routed_experts else ("num_shared_experts", "top_k", "d_expert", "normalize_top_k")
+    unused = (
+        ()
+        if model.routed_experts
+        else (
+            "num_shared_experts",
+            "top_k",
+            "d_expert",
+            "normalize_top_k",
+            "always_active_experts",
+        )
+    )
     fields = {name: value for name, value in fields.items() if name not in unused}
     equal = len(set(model.layer_experts)) == 1
     fields |= {"num_experts": model.layer_experts[0]} if equal else {"experts_per_layer": model.layer_experts}

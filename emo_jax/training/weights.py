@@ -39,7 +39,7 @@ def load_parameters(
     if kept is None:
         return config, _read(Path(run_dir), step, abstract, shardings, None), step
     params = _read(Path(run_dir), step, abstract, shardings, dict(zip(mixture_layers(abstract), kept, strict=True)))
-    config.model = config.model.with_routed_experts([len(experts) for experts in kept])
+    config.model = config.model.cut(kept)
     return config, params, step
 
 
