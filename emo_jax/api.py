@@ -1,10 +1,12 @@
-"""The public face: `load` a model from a folder and call it.
+"""The public face: `load` a model from a folder, call it, let it write, cut it, save it.
 
 Letters: B rows, S sequence, V vocabulary.
 """
 
 import copy
 import functools
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import jax
@@ -13,12 +15,14 @@ import numpy as np
 from jax.typing import ArrayLike
 from tokenizers import Tokenizer
 
+from emo_jax.data import Example, encode, example_batches, load_tokenizer
 from emo_jax.errors import UserError, require
+from emo_jax.inference import Completion, Generator, Sampling, Speed, complete, pool_size
 from emo_jax.interop import read_config, read_parameters, read_routers
 from emo_jax.interop.huggingface import CONFIG_FILE, read_json
 from emo_jax.model import Kept, ModelConfig, bind
 from emo_jax.model.functional import Parameters
-from emo_jax.modularity import Subset, cut, fingerprint, kept_masks
+from emo_jax.modularity import Subset, cut, fingerprint, kept_masks, select
 
 
 class Model:
@@ -41,6 +45,7 @@ class Model:
         self.subset: Subset | None = None
         self._kept: list[Kept] | None = None
         self._forward = jax.jit(functools.partial(_logits, self.config))
+        self._generator = Generator(self.config)
 
     @property
     def end_of_text(self) -> str:
@@ -74,6 +79,113 @@ class Model:
             model.subset.check(self.config, self.fingerprint)
             model._kept = kept_masks(self.config, model.subset, renormalized=renormalized, ablate=ablate)
         return model
+
+    def generate(
+        self,
+        prompts: str | Sequence[str] | Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        stop: str | Sequence[str] = (),
+        seed: int = 0,
+        pool: str = "none",
+        on_text: Callable[[int, str], None] | None = None,
+    ) -> list[Completion]:
+        """Continues one prompt or a batch of them, each until its text ends or `max_new_tokens` are drawn.
+
+        Compiled once a number of prompts and power of two of their length. All prompts advance together. Texts are
+        encoded as they are: no token is put before them.
+
+        Args:
+          prompts: texts, or token ids.
+          max_new_tokens: at most so many a prompt.
+          temperature: 0: the most likely token, always.
+          top_k, top_p: limits to the most likely tokens, see `inference.Sampling`; 0 and 1: none.
+          stop: texts that end a completion, and are not part of it.
+          seed: of the draws.
+          pool: `none`: every token chooses among all experts, as the models are released; `prompt:32`: among the 32
+            routed experts that the prompt asks for most, in each layer; what follows cannot leave them.
+          on_text: receives (place among the prompts, piece of text) as the texts grow.
+
+        Returns:
+          A `Completion` a prompt.
+
+        Raises:
+          UserError: where an argument cannot work, or texts meet a model without a tokenizer.
+        """
+        sampling = Sampling(temperature, top_k, top_p, seed)
+        return self._complete(prompts, max_new_tokens, sampling, stop, pool, on_text)[0]
+
+    def _complete(
+        self,
+        prompts: str | Sequence[str] | Sequence[Sequence[int]],
+        max_new_tokens: int,
+        sampling: Sampling,
+        stop: str | Sequence[str],
+        pool: str,
+        on_text: Callable[[int, str], None] | None,
+    ) -> tuple[list[Completion], Speed]:
+        """As `generate`, and how fast."""
+        tokenizer = None
+        if self.tokenizer is not None:
+            tokenizer = load_tokenizer(self.tokenizer, self.end_of_text, self.config.vocab_size)
+        tokens: list[Sequence[int]] = []
+        for prompt in [prompts] if isinstance(prompts, str) else prompts:
+            if isinstance(prompt, str):
+                if tokenizer is None:
+                    raise UserError("The model has no tokenizer.json, so prompts must be token ids, as in [[17, 4]].")
+                prompt = encode(tokenizer, [prompt])[0]
+            tokens.append(prompt)
+        return complete(
+            self._generator,
+            self.params,
+            tokens,
+            tokenizer,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            stop=[stop] if isinstance(stop, str) else stop,
+            end_of_text_id=self.end_of_text_id,
+            pool=pool_size(pool, self.config),
+            kept=self._kept,
+            on_text=on_text,
+        )
+
+    def select(
+        self,
+        examples: Iterable[str | tuple[str, str]],
+        *,
+        keep: int,
+        method: str = "router_mass",
+        sequence_length: int = 1024,
+    ) -> Subset:
+        """The experts that a task needs, chosen on some of its texts, layer by layer on the already cut model.
+
+        `python -m emo_jax.select` does it for files, and has more criteria and budgets.
+
+        Args:
+          examples: texts, or (prompt, answer): then the answer's tokens count alone.
+          keep: experts of a layer, the shared ones included.
+          method: a criterion of `modularity.select`.
+          sequence_length: tokens in a row; longer texts are cut.
+
+        Raises:
+          UserError: where `keep` cannot work, there is no example, or the model has no tokenizer.
+        """
+        pairs = [("", example) if isinstance(example, str) else example for example in examples]
+        require(bool(pairs), "There are no examples to choose experts on.")
+        if self.tokenizer is None:
+            raise UserError("The model has no tokenizer.json to read the examples with; put its own in its folder.")
+        batches = example_batches(
+            [Example(prompt, answer, "text") for prompt, answer in pairs],
+            Tokenizer.from_file(str(self.tokenizer)),
+            self.end_of_text_id,
+            sequence_length=sequence_length,
+            batch_size=8,
+        )
+        digest = hashlib.sha256(repr(pairs).encode()).hexdigest()[:16]
+        return select(self.config, self.params, [batches], method=method, keep=keep, data=digest)
 
     def cut(self, subset: Subset | str | Path) -> "Model":
         """A smaller model that holds the experts of a subset, or of its file, alone.

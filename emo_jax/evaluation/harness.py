@@ -19,6 +19,7 @@ import numpy as np
 from emo_jax.api import Model
 from emo_jax.data import encode, load_tokenizer
 from emo_jax.errors import UserError, require
+from emo_jax.inference import Generator, Sampling, complete
 from emo_jax.model import Kept, ModelConfig, bind, token_losses
 from emo_jax.model.functional import Parameters
 
@@ -26,7 +27,7 @@ try:
     from lm_eval import simple_evaluate
     from lm_eval.api.instance import Instance
     from lm_eval.api.model import LM
-    from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
+    from lm_eval.models.utils import normalize_gen_kwargs
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
     from tqdm import tqdm
@@ -58,7 +59,7 @@ class HarnessModel(LM):
         self._tokenizer = load_tokenizer(model.tokenizer, model.end_of_text, model.config.vocab_size)
         self._params, self._kept = model.params, model._kept
         self._losses = jax.jit(functools.partial(_losses, model.config))
-        self._next_tokens = jax.jit(functools.partial(_next_tokens, model.config))
+        self._generator = Generator(model.config)
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
         """Log-probability in nats of each (context, continuation), and whether greedy decoding would continue so.
@@ -91,22 +92,22 @@ class HarnessModel(LM):
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
         """Greedy text after each (context, arguments), up to `until`, the end-of-text token or `max_gen_toks`.
 
-        Every token recomputes the whole row; there is no key/value cache yet. Too long contexts lose their beginning.
+        Too long contexts lose their beginning.
 
         Raises:
           UserError: where sampling is asked for, or `max_gen_toks` leaves no room for a context.
         """
         starts: list[list[int]] = []
-        options: list[dict[str, Any]] = []
-        for request in requests:
+        alike: dict[tuple[tuple[str, ...], int], list[int]] = {}
+        for i, request in enumerate(requests):
             context, asked = request.args
             temperature = float(asked.get("temperature", 1 if asked.get("do_sample") else 0))
             require(
                 temperature == 0 or asked.get("do_sample") is False,
                 f"A task asks for sampling (temperature={temperature}); text is generated greedily only.",
             )
-            options.append(dict(normalize_gen_kwargs(asked)))
-            limit = options[-1]["max_gen_toks"]
+            options = normalize_gen_kwargs(asked)
+            limit = options["max_gen_toks"]
             require(
                 0 < limit < self.max_length,
                 f"A task generates max_gen_toks={limit} tokens; they need 1..{self.max_length - 1} to fit behind a "
@@ -114,22 +115,26 @@ class HarnessModel(LM):
             )
             (tokens,) = encode(self._tokenizer, [context])
             starts.append((tokens or [self._start()])[limit - self.max_length :])
+            alike.setdefault((tuple(filter(None, options["until"])), limit), []).append(i)
         texts = [""] * len(requests)
-        for places in self._batches(starts, "generate_until"):
-            rows = [[*starts[i]] for i in places]
-            unfinished = dict(enumerate(places))
-            while unfinished:
-                next_B = jax.device_get(self._next_tokens(self._params, *self._pad(rows), self._kept))
-                for b, i in [*unfinished.items()]:
-                    if next_B[b] == self._end:
-                        del unfinished[b]
-                        continue
-                    rows[b].append(int(next_B[b]))
-                    generated = rows[b][len(starts[i]) :]
-                    text = self._tokenizer.decode(generated)
-                    texts[i] = postprocess_generated_text(text, options[i]["until"], None)
-                    if texts[i] != text or len(generated) == options[i]["max_gen_toks"]:
-                        del unfinished[b]
+        for (until, limit), own in alike.items():
+            for batch in self._batches([starts[i] for i in own], "generate_until"):
+                places = [own[i] for i in batch]
+                rows = [starts[i] for i in places]
+                rows += rows[:1] * (self.batch_size - len(rows))  # one shape, one compile
+                completions, _ = complete(
+                    self._generator,
+                    self._params,
+                    rows,
+                    self._tokenizer,
+                    max_new_tokens=limit,
+                    sampling=Sampling(),
+                    stop=until,
+                    end_of_text_id=self._end,
+                    kept=self._kept,
+                )
+                for i, completion in zip(places, completions, strict=False):
+                    texts[i] = completion.text
         return texts
 
     def _start(self) -> int:
@@ -271,13 +276,3 @@ def _losses(
     """As `token_losses`; what stands behind a row's length means nothing."""
     hidden_BSD = _hidden(config, params, tokens_BS, length_B, kept)
     return token_losses(hidden_BSD, bind(config, params).head[...], targets_BS)
-
-
-def _next_tokens(
-    config: ModelConfig, params: Parameters, tokens_BS: jax.Array, length_B: jax.Array, kept: list[Kept] | None
-) -> jax.Array:
-    """The likeliest token behind each row: int32 [B]."""
-    hidden_BSD = _hidden(config, params, tokens_BS, length_B, kept)
-    last_B11 = jnp.maximum(length_B - 1, 0)[:, None, None]
-    logits_B1V = bind(config, params).logits(jnp.take_along_axis(hidden_BSD, last_B11, axis=1))
-    return logits_B1V[:, 0].argmax(-1).astype(jnp.int32)

@@ -1,7 +1,10 @@
 """Causal attention within documents, with rotary positions.
 
-Letters: B rows, S sequence, D model, H query heads, K key/value heads, N head width, Q queries of a chunk.
+Letters: B rows, S sequence, D model, H query heads, K key/value heads, N head width, Q queries of a chunk, M slots of
+a cache.
 """
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +15,27 @@ from emo_jax.model.layers import rms_norm, scale, weight
 
 QUERY_CHUNK = 1024
 """Most queries whose scores exist at once; longer rows go through in chunks, recomputed for the backward pass."""
+
+
+class KeyValues(NamedTuple):
+    """What later tokens attend to, of one layer: rotated keys and values, [B, M, K, N] each."""
+
+    key_BMKN: jax.Array
+    value_BMKN: jax.Array
+
+
+class Past(NamedTuple):
+    """What a token being decoded attends to: its row's slots from `start_B` on, and itself.
+
+    Attributes:
+      cached: of the tokens before it, one a slot; rows are filled from the right end of their prompts.
+      start_B: int32, the first slot of each row's document.
+      slot: int32 scalar, where the token goes, in every row.
+    """
+
+    cached: KeyValues
+    start_B: jax.Array
+    slot: jax.Array
 
 
 def rotate(x_BSHN: jax.Array, positions_BS: jax.Array, theta: float) -> jax.Array:
@@ -56,6 +80,20 @@ def document_attention(
     return jnp.concatenate([attend(start) for start in range(0, length, chunk)], axis=1)
 
 
+def cached_attention(query_B1HN: jax.Array, past: Past) -> jax.Array:
+    """Softmax attention of one token a row to the slots start..slot of the cache: [B, 1, H, N]."""
+    key_BMKN, value_BMKN = past.cached
+    rows, _, heads, width = query_B1HN.shape
+    query_BKGN = query_B1HN.reshape(rows, key_BMKN.shape[2], -1, width)  # G query heads share a key head
+    wide = jnp.promote_types(query_B1HN.dtype, jnp.float32)
+    scores_BKGM = jnp.einsum("bkgn,bmkn->bkgm", query_BKGN, key_BMKN, preferred_element_type=wide)
+    slot_1M = jnp.arange(key_BMKN.shape[1], dtype=jnp.int32).reshape(1, -1)
+    visible_BM = (slot_1M >= past.start_B[:, None]) & (slot_1M <= past.slot)
+    probs_BKGM = jax.nn.softmax(jnp.where(visible_BM[:, None, None], scores_BKGM * width**-0.5, -jnp.inf))
+    y_BKGN = jnp.einsum("bkgm,bmkn->bkgn", probs_BKGM.astype(value_BMKN.dtype), value_BMKN)
+    return y_BKGN.reshape(rows, 1, heads, width)
+
+
 class Attention(nnx.Module):
     """Multi-head (or grouped-query) self-attention without biases."""
 
@@ -69,16 +107,30 @@ class Attention(nnx.Module):
         if config.qk_norm:
             self.query_norm, self.key_norm = scale(config, h * n), scale(config, k * n)
 
-    def __call__(self, x_BSD: jax.Array, document_ids_BS: jax.Array, positions_BS: jax.Array) -> jax.Array:
-        """[B, S, D] to [B, S, D], in x's dtype."""
+    def __call__(
+        self, x_BSD: jax.Array, document_ids_BS: jax.Array, positions_BS: jax.Array, past: Past | None = None
+    ) -> tuple[jax.Array, KeyValues]:
+        """[B, S, D] to [B, S, D], in x's dtype, and what later tokens attend to.
+
+        With a past, S is 1, document ids do not matter, and the token's key and value are added to the cache.
+        """
         q, k, v = (
             jnp.einsum("bsd,dhn->bshn", x_BSD, w[...].astype(x_BSD.dtype)) for w in (self.query, self.key, self.value)
         )
         if hasattr(self, "query_norm"):
             q, k = (self._normalized(*pair) for pair in ((q, self.query_norm), (k, self.key_norm)))
         q, k = (rotate(x, positions_BS, self.theta) for x in (q, k))
-        y_BSHN = document_attention(q, k, v, document_ids_BS)
-        return jnp.einsum("bshn,hnd->bsd", y_BSHN, self.out[...].astype(x_BSD.dtype))
+        seen = KeyValues(k, v)
+        if past is None:
+            y_BSHN = document_attention(q, k, v, document_ids_BS)
+        else:
+            added = (
+                jax.lax.dynamic_update_slice_in_dim(*pair, past.slot, axis=1)
+                for pair in zip(past.cached, seen, strict=True)
+            )
+            seen = KeyValues(*added)
+            y_BSHN = cached_attention(q, past._replace(cached=seen))
+        return jnp.einsum("bshn,hnd->bsd", y_BSHN, self.out[...].astype(x_BSD.dtype)), seen
 
     def _normalized(self, x_BSHN: jax.Array, scale: nnx.Param) -> jax.Array:
         """RMSNorm over all heads together."""

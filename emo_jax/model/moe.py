@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from emo_jax.kernels.experts import routed_experts
+from emo_jax.kernels.experts import best_implementation, routed_experts
 from emo_jax.model.config import ModelConfig, PoolConfig
 from emo_jax.model.layers import FeedForward, weight
 from emo_jax.model.routing import Kept, PoolDraws, Routing, route
@@ -48,6 +48,7 @@ class MixtureOfExperts(nnx.Module):
         *,
         pool: PoolConfig | None = None,
         draws: PoolDraws | None = None,
+        voters_BS: jax.Array | None = None,
         layer: int = 0,
         documents: int = 1,
         mesh: Mesh | None = None,
@@ -60,6 +61,7 @@ class MixtureOfExperts(nnx.Module):
           x_BSD: normalised input.
           document_ids_BS: int32, 0..G.
           pool, draws: document pools, or None for none.
+          voters_BS: bool, the tokens that choose them; None: all of a document.
           layer: this layer's place among the mixture layers, for `draws`.
           documents: G.
           mesh: where rows are split over devices; each dispatches its own.
@@ -74,6 +76,7 @@ class MixtureOfExperts(nnx.Module):
             pool=pool,
             size_BG=draws.size_BLG[:, layer] if draws else None,
             seed_BG2=draws.seed_BLG[:, layer] if draws else None,
+            voters_BS=voters_BS,
             documents=documents,
             kept=kept,
             always_active=self.always_active,
@@ -84,7 +87,10 @@ class MixtureOfExperts(nnx.Module):
             y = routed_experts(x, indices, weights, gate, up, down, implementation=implementation)
             return y.reshape(x_BSD.shape)
 
-        weights = [w[...].astype(x_BSD.dtype) for w in (self.routed.gate, self.routed.up, self.routed.down)]
+        weights = [w[...] for w in (self.routed.gate, self.routed.up, self.routed.down)]
+        implementation = implementation or best_implementation(routing.indices_BSC.size, len(weights[0]))
+        if implementation != "gathered":  # which converts only what it gathers
+            weights = [w.astype(x_BSD.dtype) for w in weights]
         run = map_rows(experts, mesh, row_args=3)
         y_BSD = run(x_BSD, routing.indices_BSC, routing.weights_BSC, *weights)
         if self.config.num_shared_experts:

@@ -20,7 +20,7 @@ class Kept(NamedTuple):
     """A subset of a layer's experts; the others are never chosen.
 
     Attributes:
-      mask_R: bool, the experts that are kept, C or more.
+      mask_R: bool, the experts that are kept, C or more; or [B, 1, R], a choice of each row's own.
       renormalized: bool scalar; true: weights are the softmax over the kept experts, as the papers have it (and as in a
         model that holds no others); false: they keep the probabilities that the whole router gives them.
     """
@@ -80,12 +80,14 @@ class Routing(NamedTuple):
       indices_BSC: int32 chosen experts, always active ones first, by falling weight; R for a token of document 0.
       weights_BSC: their weights, in the logits' precision; 0 for a token of document 0.
       logits_BSR: router logits z, unmasked.
+      in_pool_BGR: bool, the experts that each document may use.
       totals: sums for losses and metrics.
     """
 
     indices_BSC: jax.Array
     weights_BSC: jax.Array
     logits_BSR: jax.Array
+    in_pool_BGR: jax.Array
     totals: RoutingTotals
 
 
@@ -160,6 +162,7 @@ def route(
     pool: PoolConfig | None = None,
     size_BG: jax.Array | None = None,
     seed_BG2: jax.Array | None = None,
+    voters_BS: jax.Array | None = None,
     documents: int = 1,
     kept: Kept | None = None,
     always_active: tuple[int, ...] = (),
@@ -173,6 +176,7 @@ def route(
       normalize: scale the chosen weights to sum to 1.
       pool: None or kind "none": no pool.
       size_BG, seed_BG2: this layer's `PoolDraws`; a pool needs its size, a random one its seed too.
+      voters_BS: bool, the tokens whose probabilities choose a document's pool, such as its prompt's; None: all of them.
       documents: G, needed without a pool (for the statistics of documents).
       kept: a subset of the experts; None: all.
       always_active: experts that every token chooses, at the weight that the router gives them.
@@ -189,11 +193,18 @@ def route(
     log_p_BSR = jax.nn.log_softmax(jax.lax.stop_gradient(logits_BSR))
     p_BSR = jnp.exp(log_p_BSR)
     sum_p_BGR = jnp.einsum("bsg,bsr->bgr", document_BSG, p_BSR, precision="highest")
+    in_pool_BGR = jnp.ones(sum_p_BGR.shape, bool)
     if pool is None or pool.kind == "none":
         masked_BSR, pool_mass_BS, size_BG = logits_BSR, p_BSR.sum(-1), jnp.full_like(length_BG, experts)
     else:
         assert size_BG is not None, "a pool needs its size"
         score_BGR = sum_p_BGR
+        if voters_BS is not None or kept is not None:
+            voted_BSR = p_BSR
+            if kept is not None:  # as in a model that holds no others; they come last where a pool is larger
+                voted_BSR = jax.nn.softmax(jnp.where(kept.mask_R, jax.lax.stop_gradient(logits_BSR), -jnp.inf))
+            voter_BSG = document_BSG if voters_BS is None else document_BSG * voters_BS[..., None]
+            score_BGR = jnp.einsum("bsg,bsr->bgr", voter_BSG, voted_BSR, precision="highest")
         if pool.kind == "random":
             assert seed_BG2 is not None, "a random pool needs its seed"
             score_BGR = random_scores(seed_BG2, experts)
@@ -208,6 +219,7 @@ def route(
 
     if kept is not None:
         masked_BSR = jnp.where(kept.mask_R, masked_BSR, -jnp.inf)
+        in_pool_BGR = jnp.where(kept.mask_R, in_pool_BGR, False)
     z_BS = jax.nn.logsumexp(masked_BSR, axis=-1)
     w_BSR = jnp.exp(masked_BSR - z_BS[..., None])
     if kept is not None:
@@ -242,6 +254,7 @@ def route(
         jnp.where(routed_BS[..., None], indices_BSC, experts).astype(jnp.int32),
         weights_BSC * mask_BS[..., None],
         logits_BSR,
+        in_pool_BGR,
         totals,
     )
 

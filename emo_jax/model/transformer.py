@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from emo_jax.model.attention import Attention
+from emo_jax.model.attention import Attention, KeyValues, Past
 from emo_jax.model.config import ModelConfig, PoolConfig
 from emo_jax.model.layers import FeedForward, rms_norm, scale, weight
 from emo_jax.model.moe import MixtureOfExperts
@@ -40,25 +40,30 @@ class Block(nnx.Module):
             self.ffn = FeedForward(config, config.d_dense)
 
     def __call__(
-        self, x_BSD: jax.Array, document_ids_BS: jax.Array, positions_BS: jax.Array, **routing: Any
-    ) -> tuple[jax.Array, Routing | None]:
-        """The residual stream after this block, and its routing (None where dense)."""
-        x_BSD, read_BSD = self.attend(x_BSD, document_ids_BS, positions_BS)
+        self,
+        x_BSD: jax.Array,
+        document_ids_BS: jax.Array,
+        positions_BS: jax.Array,
+        past: Past | None = None,
+        **routing: Any,
+    ) -> tuple[jax.Array, Routing | None, KeyValues]:
+        """The residual stream after this block, its routing (None where dense), and what later tokens attend to."""
+        x_BSD, read_BSD, seen = self.attend(x_BSD, document_ids_BS, positions_BS, past)
         decided = None
         if hasattr(self, "moe"):
             y_BSD, decided = self.moe(read_BSD, document_ids_BS, **routing)
         else:
             y_BSD = self.ffn(read_BSD)
-        return x_BSD + self._norm(y_BSD, self.ffn_norm, self.post), decided
+        return x_BSD + self._norm(y_BSD, self.ffn_norm, self.post), decided, seen
 
     def attend(
-        self, x_BSD: jax.Array, document_ids_BS: jax.Array, positions_BS: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        """The residual stream after attention, and what the feed-forward reads of it."""
+        self, x_BSD: jax.Array, document_ids_BS: jax.Array, positions_BS: jax.Array, past: Past | None = None
+    ) -> tuple[jax.Array, jax.Array, KeyValues]:
+        """The residual stream after attention, what the feed-forward reads of it, and what later tokens attend to."""
         read_BSD = self._norm(x_BSD, self.attention_norm, not self.post)
-        y_BSD = self.attention(read_BSD, document_ids_BS, positions_BS)
+        y_BSD, seen = self.attention(read_BSD, document_ids_BS, positions_BS, past)
         x_BSD = x_BSD + self._norm(y_BSD, self.attention_norm, self.post)
-        return x_BSD, self._norm(x_BSD, self.ffn_norm, not self.post)
+        return x_BSD, self._norm(x_BSD, self.ffn_norm, not self.post), seen
 
     def _norm(self, x_BSD: jax.Array, scale: nnx.Param, here: bool) -> jax.Array:
         return rms_norm(x_BSD, scale[...], self.epsilon) if here else x_BSD
@@ -79,39 +84,53 @@ class Transformer(nnx.Module):
         self.head = weight(config, (config.d_model, config.vocab_size), ("embed", "vocab"))
 
     def __call__(
+        self, tokens_BS: jax.Array, document_ids_BS: jax.Array, positions_BS: jax.Array, **options: Any
+    ) -> tuple[jax.Array, list[Routing]]:
+        """`extend` without what decoding needs: the final residual stream, normalised, and routings."""
+        return self.extend(tokens_BS, document_ids_BS, positions_BS, **options)[:2]
+
+    def extend(
         self,
         tokens_BS: jax.Array,
         document_ids_BS: jax.Array,
         positions_BS: jax.Array,
         *,
+        past: Sequence[Past] | None = None,
         pool: PoolConfig | None = None,
         draws: PoolDraws | None = None,
+        voters_BS: jax.Array | None = None,
         documents: int = 1,
         mesh: Mesh | None = None,
         implementation: str | None = None,
         kept: Sequence[Kept] | None = None,
-    ) -> tuple[jax.Array, list[Routing]]:
-        """The normalised final residual stream and each mixture layer's routing.
+    ) -> tuple[jax.Array, list[Routing], list[KeyValues]]:
+        """Whole rows of tokens or, with a past, the next token of each row.
 
         Args:
           tokens_BS, document_ids_BS, positions_BS: int32, the batch contract of `emo_jax.data`.
+          past: one a layer; S is 1 then.
           pool, draws: document pools; None for none.
+          voters_BS: bool, the tokens whose router probabilities choose the pools; None: all of a document.
           documents: G, the largest document id.
           mesh: rows are split over its devices; None on one device.
           implementation: of `kernels.experts`; None: the default backend's best.
           kept: the subset of experts in each mixture layer; None: all.
 
         Returns:
-          [B, S, D] in the config's dtype, input of `logits`; one `Routing` a mixture layer.
+          [B, S, D] in the config's dtype, input of `logits`; one `Routing` a mixture layer; what later tokens attend
+          to, one a layer (the cache of `past`, where there is one, with this token's).
         """
         pool = None if pool is None or pool.kind == "none" else pool
         x_BSD = self.embedding[...][tokens_BS].astype(self.config.dtype)
         routings: list[Routing] = []
+        seen: list[KeyValues] = []
         for block in self.layers.values():
             graph, state = nnx.split(block)
             context = {
                 "pool": pool,
+                "past": past[len(seen)] if past is not None else None,
                 "layer": len(routings),
+                "voters_BS": voters_BS,
                 "documents": documents,
                 "mesh": mesh,
                 "implementation": implementation,
@@ -123,10 +142,11 @@ class Transformer(nnx.Module):
 
             if self.config.remat != "none":
                 run = jax.checkpoint(run, policy=REMAT[self.config.remat])
-            x_BSD, routing = run(state, x_BSD, draws if pool else None)
+            x_BSD, routing, own = run(state, x_BSD, draws if pool else None)
+            seen.append(own)
             if routing is not None:
                 routings.append(routing)
-        return rms_norm(x_BSD, self.final_norm[...], self.config.norm_epsilon), routings
+        return rms_norm(x_BSD, self.final_norm[...], self.config.norm_epsilon), routings, seen
 
     def logits(self, hidden_BSD: jax.Array) -> jax.Array:
         """[B, S, V], float32 or wider, from the result of a call."""

@@ -112,7 +112,7 @@ def _measure(
 ) -> tuple[jax.Array, ...]:
     block = nnx.merge(graph, state)
     moe = block.moe
-    h_BSD, normal_BSD = block.attend(x_BSD, ids_BS, positions_BS)
+    h_BSD, normal_BSD, _ = block.attend(x_BSD, ids_BS, positions_BS)
     logits_BSR = moe.router_logits(normal_BSD)
     experts, wide = logits_BSR.shape[-1], logits_BSR.dtype
     config = moe.config

@@ -10,15 +10,22 @@ from emo_jax.errors import require_choice
 from emo_jax.kernels.experts import dispatch as ops
 from emo_jax.kernels.experts.reference import reference
 
-IMPLEMENTATIONS = ("blocked", "ragged", "reference")
+IMPLEMENTATIONS = ("blocked", "ragged", "gathered", "reference")
 
 BLOCK = 64
 """Rows a block on CPU: the fastest of 32, 64 and 128 (BUILD_NOTES.md)."""
 
 
 def default_implementation(platform: str) -> str:
-    """The fastest formulation on `platform` ("cpu", "gpu", "tpu"); measured reasons in BUILD_NOTES.md."""
+    """The fastest formulation for many tokens on a "cpu", "gpu" or "tpu"; measured reasons in BUILD_NOTES.md."""
     return "blocked" if platform == "cpu" else "ragged"
+
+
+def best_implementation(choices: int, experts: int) -> str:
+    """The fastest on the default backend for T·C choices among R experts."""
+    if choices <= experts:  # a few tokens being decoded: do not touch the weights of all experts
+        return "gathered"
+    return default_implementation(jax.default_backend())
 
 
 def routed_experts(
@@ -37,9 +44,10 @@ def routed_experts(
       x_TD: tokens, in the dtype of the computation.
       indices_TC: int32 chosen experts; R for a token that reaches no expert, whose result is 0.
       weights_TC: float32 (or wider) weight of each choice.
-      gate_RDF, up_RDF, down_RFD: expert weights, in the dtype of `x_TD`.
+      gate_RDF, up_RDF, down_RFD: expert weights, in the dtype of `x_TD` (any dtype with `gathered`).
       implementation: `blocked` (groups padded to blocks, each with a copy of its expert's weights),
-        `ragged` (`jax.lax.ragged_dot`), `reference`; None: the platform's best.
+        `ragged` (`jax.lax.ragged_dot`), `gathered` (a copy of its expert's weights for every choice: reads those of the
+        chosen experts alone), `reference`; None: the best for the platform and the number of tokens.
 
     Returns:
       [T, D] of `x_TD`'s dtype, differentiable in everything but the indices.
@@ -47,10 +55,11 @@ def routed_experts(
     Raises:
       UserError: on an unknown implementation.
     """
-    implementation = implementation or default_implementation(jax.default_backend())
+    implementation = implementation or best_implementation(indices_TC.size, len(gate_RDF))
     require_choice("implementation", implementation, IMPLEMENTATIONS)
-    if implementation == "reference":
-        return reference(x_TD, indices_TC, weights_TC, gate_RDF, up_RDF, down_RFD)
+    if implementation in ("reference", "gathered"):
+        compute = reference if implementation == "reference" else _gathered
+        return compute(x_TD, indices_TC, weights_TC, gate_RDF, up_RDF, down_RFD)
     y_MD, plan = _outputs(x_TD, indices_TC, gate_RDF, up_RDF, down_RFD, implementation)
     return ops.combine(y_MD, weights_TC, plan)
 
@@ -66,7 +75,7 @@ def expert_norms(
 ) -> jax.Array:
     """‖Expert(x)‖₂ of each token's chosen experts, [T, C], float32 or wider; 0 for a token that reaches none.
 
-    Arguments as in `routed_experts`; `reference` is not offered.
+    Arguments as in `routed_experts`; only `blocked` and `ragged` are offered.
     """
     implementation = implementation or default_implementation(jax.default_backend())
     require_choice("implementation", implementation, IMPLEMENTATIONS[:2])
@@ -82,6 +91,23 @@ def _outputs(
     plan = ops.plan(indices_TC, gate.shape[0], BLOCK if implementation == "blocked" else 1)
     ffn = _blocked_ffn if implementation == "blocked" else _ragged_ffn
     return ffn(ops.dispatch(x_TD, plan), plan, gate, up, down), plan
+
+
+def _gathered(
+    x_TD: jax.Array,
+    indices_TC: jax.Array,
+    weights_TC: jax.Array,
+    gate_RDF: jax.Array,
+    up_RDF: jax.Array,
+    down_RFD: jax.Array,
+) -> jax.Array:
+    experts = len(gate_RDF)
+    weights_TC = jnp.where(indices_TC < experts, weights_TC, 0)
+    index_TC = jnp.minimum(indices_TC, experts - 1)
+    gate, up, down = (w[index_TC].astype(x_TD.dtype) for w in (gate_RDF, up_RDF, down_RFD))  # [T, C, D, F] and so on
+    hidden_TCF = jax.nn.silu(jnp.einsum("td,tcdf->tcf", x_TD, gate)) * jnp.einsum("td,tcdf->tcf", x_TD, up)
+    y_TCD = jnp.einsum("tcf,tcfd->tcd", hidden_TCF, down).astype(weights_TC.dtype)
+    return (weights_TC[:, :, None] * y_TCD).sum(1).astype(x_TD.dtype)
 
 
 def _ragged_ffn(x_MD: jax.Array, plan: ops.Plan, gate: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
