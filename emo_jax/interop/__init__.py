@@ -1,8 +1,27 @@
-"""How do weights come and go? Hugging Face folders, read without PyTorch and without unpickling anything.
+"""How do weights come and go? Hugging Face folders, read and written without PyTorch and without unpickling anything.
 
-The published names and layouts live here alone; everything else sees this project's parameters.
+The published names and layouts live in `families` alone; everything else sees this project's parameters.
 """
 
-from emo_jax.interop.huggingface import read_config, read_parameters, read_routers, to_public_names
+from emo_jax.interop.huggingface import (
+    abstract_leaves,
+    read_config,
+    read_leaves,
+    read_parameters,
+    read_routers,
+    read_unrouted,
+    to_public_names,
+)
+from emo_jax.interop.writing import copy_small_files, write_folder
 
-__all__ = ["read_config", "read_parameters", "read_routers", "to_public_names"]
+__all__ = [
+    "abstract_leaves",
+    "copy_small_files",
+    "read_config",
+    "read_leaves",
+    "read_parameters",
+    "read_routers",
+    "read_unrouted",
+    "to_public_names",
+    "write_folder",
+]

@@ -1,303 +1,187 @@
-"""Hugging Face folders of `model_type` "emo": their config, their tensors, and where each lies in our parameters.
+"""Reading Hugging Face folders: config.json and safetensors, one of our parameters at a time, nothing ever unpickled.
 
-Published linear weights are [out, in] and experts are separate tensors, the shared ones last in each layer's stack.
-Ours are [in, out], experts stacked, shared experts one feed-forward of width s·F beside them, without router columns.
-
-The published inference code weights a token's s shared experts by a softmax over their own s router logits; training,
-and this project, use 1 for each. With one shared expert the two agree. With more, the sum is 1 instead of s: reading
-divides `down` of the shared experts by s and writing multiplies it, which is exact where their router rows are equal
-(we write zeros) and impossible where they are not: such a folder is refused.
-
-Letters: V vocabulary, D model, H query heads, K key/value heads, N head width, E experts, R routed experts,
-s shared experts, F expert hidden.
+What the files hold and what it means is in `families`.
 """
 
 import contextlib
+import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import math
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes  # noqa: F401  (its import teaches NumPy, and so safetensors, the name "bfloat16")
 import numpy as np
 import safetensors
 
 from emo_jax.errors import UserError, require
+from emo_jax.interop.families import (
+    FAMILIES,
+    Tensor,
+    family_for,
+    family_of,
+    is_tied,
+    model_config,
+    scaled,
+    tensors,
+)
 from emo_jax.model import ModelConfig, abstract_parameters
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-FLOATS = ("BF16", "F16", "F32", "F64")
 
-REQUIRED = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_experts",
-    "num_experts_per_tok",
-    "num_shared_experts",
-    "rms_norm_eps",
-)
-UNSUPPORTED_UNLESS_EMPTY = (
-    "attention_bias",
-    "tie_word_embeddings",
-    "dense_mlp_bias",
-    "always_active_experts",
-    "always_active_experts_per_layer",
-    "ghost_extend_eval",
-    "quantization_config",
-)
+FLOATS = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float32"}
+"""Dtypes in files, and what they are read as."""
 
-ATTENTION = {"q_proj": "query", "k_proj": "key", "v_proj": "value", "o_proj": "out"}
-NORMS = {"pre_attention_layernorm": "attention_norm", "pre_feedforward_layernorm": "ffn_norm"}
-FEED_FORWARD = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
+PIECE_BYTES = 2**25
+"""Read before a file is opened anew: its pages count as this process's memory as long as it is open."""
 
 
-class _Tensor(NamedTuple):
-    """A published tensor and where it lies in our parameters.
+class _Stored(NamedTuple):
+    """Where a published tensor is, and what its file says of it."""
 
-    Attributes:
-      name: published.
-      path: of our parameter.
-      view: of our parameter (a view, so that it can be written to), in the published layout.
-      rows: that the published tensor has, where they are not those of `view`: a router's.
-      unrouted: the last so many of them, of the shared experts, which ours has not.
-      chosen: which of the others are ours; None: all.
-      divisor: ours is the published value divided by it.
-    """
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
 
-    name: str
-    path: tuple[str, ...]
-    view: Callable[[np.ndarray], np.ndarray]
-    rows: int = 0
-    unrouted: int = 0
-    chosen: tuple[int, ...] | None = None
-    divisor: int = 1
+
+class _Piece(NamedTuple):
+    """Some rows of a published tensor; pieces of the same window are read without opening the file anew."""
+
+    file: Path
+    window: int
+    tensor: Tensor
+    rows: slice
 
 
 def read_config(folder: str | Path) -> ModelConfig:
-    """The model that a Hugging Face folder holds; `dtype` is float32, whatever the tensors are stored in.
+    """The model that a Hugging Face folder holds; see `families.model_config`.
 
     Raises:
-      UserError: not an EMO folder, or one with something that is not supported; names the field and its value.
+      UserError: not a folder of a supported family, or one with something that is not supported; names the field and
+        its value.
     """
     path = Path(folder) / CONFIG_FILE
     values = read_json(path)
-    kind = values.get("model_type")
-    require(kind == "emo", f"{path}: model_type={kind!r} is not supported yet; only 'emo' is.")
-    for field in REQUIRED:
-        require(values.get(field) is not None, f"{path}: the field {field!r} is missing.")
-
-    def refuse(field: str, value: Any) -> None:
-        raise UserError(f"{path}: {field}={value!r} is not supported yet.")
-
-    for field in UNSUPPORTED_UNLESS_EMPTY:
-        if values.get(field):
-            refuse(field, values[field])
-    if (activation := values.get("hidden_act", "silu")) != "silu":
-        refuse("hidden_act", activation)
-    rope_field = "rope_parameters" if values.get("rope_parameters") else "rope_scaling"
-    rope = values.get(rope_field) or {}
-    if rope.get("rope_type", rope.get("type", "default")) != "default":
-        refuse(rope_field, rope)
-    theta = values.get("rope_theta") or rope.get("rope_theta")
-    if theta is None:
-        raise UserError(f"{path}: the field 'rope_theta' is missing.")
-    head_dim = values["hidden_size"] // values["num_attention_heads"]
-    if values.get("head_dim", head_dim) not in (None, head_dim):
-        refuse("head_dim", values["head_dim"])
-
-    shared = values["num_shared_experts"]
-    per_layer = values.get("num_experts_per_layer")
-    shared_per_layer = values.get("num_shared_experts_per_layer")
-    if per_layer and shared_per_layer:
-        counts = {s for e, s in zip(per_layer, shared_per_layer, strict=False) if e} or {0}
-        if len(counts) > 1:
-            refuse("num_shared_experts_per_layer", shared_per_layer)
-        (shared,) = counts
-    if values.get("norm_topk_prob") and shared:
-        refuse("norm_topk_prob", True)
-
-    config = ModelConfig(
-        vocab_size=values["vocab_size"],
-        d_model=values["hidden_size"],
-        num_layers=values["num_hidden_layers"],
-        num_heads=values["num_attention_heads"],
-        num_kv_heads=values.get("num_key_value_heads") or values["num_attention_heads"],
-        rope_theta=float(theta),
-        norm_epsilon=values["rms_norm_eps"],
-        num_experts=values["num_experts"],
-        num_shared_experts=shared,
-        top_k=values["num_experts_per_tok"],
-        d_expert=values["intermediate_size"],
-        experts_per_layer=tuple(per_layer or ()),
-        d_dense=values.get("dense_intermediate_size") or 0,
-        normalize_top_k=bool(values.get("norm_topk_prob")),
-        init_std=values.get("initializer_range") or ModelConfig.init_std,
-        dtype="float32",
-    )
     try:
-        config.validate()
+        return model_config(values)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    return config
 
 
-def read_parameters(
-    folder: str | Path, config: ModelConfig, kept: Sequence[Sequence[int]] | None = None
-) -> dict[str, Any]:
-    """The folder's weights in our layout: a nested dict of NumPy arrays in the precision of master weights.
+def read_leaves(
+    folder: str | Path,
+    config: ModelConfig,
+    kept: Sequence[Sequence[int]] | None = None,
+    skip: Collection[tuple[str, ...]] = (),
+) -> Iterator[tuple[tuple[str, ...], np.ndarray]]:
+    """The folder's weights as (path of our parameter, such as ("layers", "00", "moe", "router"); the parameter).
+
+    One at a time, the largest first; each is a C-contiguous array in the precision that it is stored in: bfloat16,
+    float16 or float32. What is stored as float64 comes as float32, since JAX has no float64 unless asked for it; a
+    parameter stored in several precisions comes in one that holds them all. Beside the parameter in hand, reading
+    takes some 128 MB.
 
     Args:
       folder: with `model.safetensors`, or `model.safetensors.index.json` and the files it names.
       config: from `read_config`.
       kept: routed experts of each mixture layer: the parameters are those of the model cut to them, and no other
         expert is read. None: all.
+      skip: paths of parameters that are not read.
 
     Raises:
       UserError: no safetensors file, an unreadable one, or a tensor that is missing, too many, of another shape or
-        not floating-point.
+        not floating-point: before anything is read. While reading: a tensor with a value that is not finite, or with
+        unequal router rows of shared experts.
     """
-    held = config if kept is None else config.cut(kept)
-    params = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), abstract_parameters(held))
-    _fill(Path(folder), config, params, _tensors(config, kept))
-    return params
+    folder = Path(folder)
+    stored, parts, leaves = _checked(folder, config, kept)
+
+    def read() -> Iterator[tuple[tuple[str, ...], np.ndarray]]:
+        for path, leaf in leaves.items():
+            if path not in skip:
+                yield path, _read_leaf(folder, parts[path], np.empty(leaf.shape, leaf.dtype), stored)
+
+    return read()
+
+
+def abstract_leaves(
+    folder: str | Path, config: ModelConfig, kept: Sequence[Sequence[int]] | None = None
+) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
+    """Shape and dtype of what `read_leaves` gives, by path and in its order; reads no tensor.
+
+    Args, Raises: as `read_leaves`.
+    """
+    return _checked(Path(folder), config, kept)[2]
+
+
+def read_unrouted(folder: str | Path, config: ModelConfig) -> dict[str, np.ndarray]:
+    """The rows of shared experts [s, D] in published routers, by the router's name: our parameters do not have them.
+
+    Raises:
+      UserError: as `read_leaves`.
+    """
+    stored, parts, _ = _checked(Path(folder), config, None)
+    rows = {}
+    for tensor in itertools.chain.from_iterable(parts.values()):
+        if tensor.unrouted:
+            with safetensors.safe_open(stored[tensor.name].file, framework="numpy") as file:
+                rows[tensor.name] = file.get_tensor(tensor.name)[-tensor.unrouted :].copy()
+    return rows
+
+
+def read_parameters(
+    folder: str | Path, config: ModelConfig, kept: Sequence[Sequence[int]] | None = None
+) -> dict[str, Any]:
+    """The folder's weights in our layout: a nested dict of the arrays of `read_leaves`, in the stored precision.
+
+    Args, Raises: as `read_leaves`.
+    """
+    return _nested(read_leaves(folder, config, kept))
 
 
 def read_routers(folder: str | Path, config: ModelConfig) -> dict[str, Any]:
     """The routers alone, at their places among the parameters: enough for a model's fingerprint.
 
     Raises:
-      UserError: as `read_parameters`.
+      UserError: as `read_leaves`.
     """
-    layers = abstract_parameters(config)["layers"]
-    shapes = {name: {"moe": {"router": layer["moe"]["router"]}} for name, layer in layers.items() if "moe" in layer}
-    params = {"layers": jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes)}
-    _fill(Path(folder), config, params, (tensor for tensor in _tensors(config) if tensor.path[-1] == "router"))
-    return params
-
-
-def _fill(folder: Path, config: ModelConfig, params: dict[str, Any], tensors: Iterable[_Tensor]) -> None:
-    """Reads some of the folder's tensors into arrays that are there."""
-    views = [(tensor, tensor.view(_leaf(params, tensor.path))) for tensor in tensors]
-    with contextlib.ExitStack() as stack:
-        holder = _open(folder, stack)
-        _check_names(folder, {tensor.name for tensor in _tensors(config)}, holder.keys())
-        for tensor, view in views:  # all of them before any is read: reading a large model takes minutes
-            stored = holder[tensor.name].get_slice(tensor.name)
-            expected = (tensor.rows or view.shape[0], *view.shape[1:])
-            found = tuple(stored.get_shape())
-            require(
-                found == expected,
-                f"{folder}: tensor {tensor.name} has shape {list(found)}, but config.json makes it {list(expected)}.",
-            )
-            kind = stored.get_dtype()
-            require(kind in FLOATS, f"{folder}: tensor {tensor.name} has dtype {kind}; it must be one of {FLOATS}.")
-        for tensor, view in views:
-            value = holder[tensor.name].get_tensor(tensor.name)
-            if tensor.unrouted:
-                value, shared = value[: -tensor.unrouted], value[-tensor.unrouted :]
-                require(
-                    bool((shared == shared[:1]).all()),
-                    f"{folder}: the last {tensor.unrouted} rows of {tensor.name} differ, which makes the weights of "
-                    f"the shared experts depend on the token; that is not supported. Set those rows to zero to give "
-                    f"each shared expert the weight 1/{tensor.unrouted}.",
-                )
-            view[...] = value if tensor.chosen is None else value[list(tensor.chosen)]
-            if tensor.divisor != 1:
-                view /= tensor.divisor
+    others = [path for path in leaf_shapes(config) if path[-1] != "router"]
+    return _nested(read_leaves(folder, config, skip=others))
 
 
 def to_public_names(params: dict[str, Any], config: ModelConfig, *, gradients: bool = False) -> dict[str, np.ndarray]:
     """The inverse of `read_parameters`: contiguous arrays by published name, in the published layout.
 
-    Router rows of shared experts, which we do not have, are zeros. With s > 1 shared experts their `down` is scaled
-    as the module's docstring says.
+    Names are those of the first family that can hold the model. Router rows of shared experts, which we do not have,
+    are zeros. With s > 1 shared experts their `down` is scaled as `families` says.
 
     Args:
-      params: nested dict of arrays in our layout.
+      params: nested dict of arrays in our layout; theirs is the result's precision.
       config: of the model.
       gradients: `params` holds derivatives by our parameters; the result holds those by the published ones.
+
+    Raises:
+      UserError: no published family can hold the model.
     """
     params = jax.tree.map(np.asarray, params)
     public = {}
-    for tensor in _tensors(config):
-        value = tensor.view(_leaf(params, tensor.path))
-        if tensor.unrouted:
-            value = np.concatenate([value, np.zeros((tensor.unrouted, value.shape[1]), value.dtype)])
-        if tensor.divisor != 1:
-            value = value / tensor.divisor if gradients else value * tensor.divisor
-        public[tensor.name] = np.array(value, order="C")  # never a view of `params`
+    for tensor in tensors(config, FAMILIES[family_for(config)]):
+        leaf: Any = params
+        for key in tensor.path:
+            leaf = leaf[key]
+        public[tensor.name] = tensor.published(leaf, gradients=gradients)
     return public
 
 
-def _tensors(config: ModelConfig, kept: Sequence[Sequence[int]] | None = None) -> Iterator[_Tensor]:
-    """Every published tensor of such a model; with `kept`, those of it cut to these experts, ours renumbered."""
-    chosen = iter(kept or ())
-    yield _Tensor("model.embed_tokens.weight", ("embedding",), _same)
-    for i, experts in enumerate(config.layer_experts):
-        here, ours = f"model.layers.{i}", ("layers", f"{i:02d}")
-        for public, own in NORMS.items():
-            yield _Tensor(f"{here}.{public}.weight", (*ours, own), _same)
-        for public, own in ATTENTION.items():
-            view = _heads_in if own == "out" else _heads_out
-            yield _Tensor(f"{here}.self_attn.{public}.weight", (*ours, "attention", own), view)
-        if experts:
-            experts_kept = None if kept is None else tuple(next(chosen))
-            yield from _mixture(f"{here}.mlp", (*ours, "moe"), experts, config, experts_kept)
-        else:
-            for public, own in FEED_FORWARD.items():
-                yield _Tensor(f"{here}.mlp.{public}.weight", (*ours, "ffn", own), np.transpose)
-    yield _Tensor("model.norm.weight", ("final_norm",), _same)
-    yield _Tensor("lm_head.weight", ("head",), np.transpose)
-
-
-def _mixture(
-    here: str, ours: tuple[str, ...], experts: int, config: ModelConfig, kept: tuple[int, ...] | None
-) -> Iterator[_Tensor]:
-    """The tensors of one mixture layer of E experts, or of those that are kept."""
-    shared, hidden = config.num_shared_experts, config.d_expert
-    routed = experts - shared
-    yield _Tensor(f"{here}.gate.weight", (*ours, "router"), np.transpose, routed + shared, shared, kept)
-    for public, own in FEED_FORWARD.items():
-        for place, e in enumerate(range(routed) if kept is None else kept):
-            yield _Tensor(f"{here}.experts.{e}.{public}.weight", (*ours, "routed", own), _transposed(place))
-        for j in range(shared):
-            name = f"{here}.experts.{routed + j}.{public}.weight"
-            part = slice(j * hidden, (j + 1) * hidden)
-            if own == "down":
-                yield _Tensor(name, (*ours, "shared", own), _transposed(part), divisor=shared)
-            else:
-                yield _Tensor(name, (*ours, "shared", own), _transposed(slice(None), part))
-
-
-def _transposed(*index: int | slice) -> Callable[[np.ndarray], np.ndarray]:
-    return lambda w: w[index].T
-
-
-def _same(x: np.ndarray) -> np.ndarray:
-    return x
-
-
-def _heads_out(w_DHN: np.ndarray) -> np.ndarray:
-    """[H·N, D]: the published layout of a projection to heads."""
-    return w_DHN.reshape(w_DHN.shape[0], -1).T
-
-
-def _heads_in(w_HND: np.ndarray) -> np.ndarray:
-    """[D, H·N]: the published layout of the projection from heads."""
-    return w_HND.reshape(-1, w_HND.shape[-1]).T
-
-
-def _leaf(params: dict[str, Any], path: tuple[str, ...]) -> np.ndarray:
-    node: Any = params
-    for key in path:
-        node = node[key]
-    return node
+def leaf_shapes(config: ModelConfig) -> dict[tuple[str, ...], tuple[int, ...]]:
+    """The shape of each of a model's parameters, by its path."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(abstract_parameters(config))
+    return {tuple(key.key for key in path): leaf.shape for path, leaf in leaves}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -314,6 +198,100 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not valid JSON: {error}.") from error
     require(isinstance(values, dict), f"{path} must hold a JSON object, not a {type(values).__name__}.")
     return values
+
+
+def _nested(leaves: Iterator[tuple[tuple[str, ...], np.ndarray]]) -> dict[str, Any]:
+    params: dict[str, Any] = {}
+    for path, leaf in leaves:
+        node = params
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = leaf
+    return params
+
+
+def _checked(
+    folder: Path, config: ModelConfig, kept: Sequence[Sequence[int]] | None
+) -> tuple[dict[str, _Stored], dict[tuple[str, ...], list[Tensor]], dict[tuple[str, ...], jax.ShapeDtypeStruct]]:
+    """What the files hold, the tensors of each of our parameters, and its shape and dtype, the largest first."""
+    values = read_json(folder / CONFIG_FILE)
+    family, tied = family_of(values), is_tied(values)
+    stored = _stored(folder)
+    _check_names(folder, {tensor.name for tensor in tensors(config, family, tied=tied)}, set(stored))
+    parts: dict[tuple[str, ...], list[Tensor]] = {}
+    for tensor in tensors(config, family, kept, tied):
+        parts.setdefault(tensor.path, []).append(tensor)
+    shapes = leaf_shapes(config if kept is None else config.cut(kept))
+    leaves = {
+        path: jax.ShapeDtypeStruct(shapes[path], _check_parts(folder, own, shapes[path], stored))
+        for path, own in parts.items()
+    }
+    largest_first = sorted(leaves.items(), key=lambda item: item[1].size * item[1].dtype.itemsize, reverse=True)
+    return stored, parts, dict(largest_first)
+
+
+def _check_parts(folder: Path, parts: Sequence[Tensor], shape: tuple[int, ...], stored: dict[str, _Stored]) -> np.dtype:
+    """The precision of a parameter whose tensors have the shapes and dtypes that they must."""
+    leaf = np.empty(shape, np.float32)  # never touched: it takes no memory
+    found = []
+    for tensor in parts:
+        view, (_, shape, dtype) = tensor.view(leaf), stored[tensor.name]
+        expected = (tensor.rows or view.shape[0], *view.shape[1:])
+        require(
+            shape == expected,
+            f"{folder}: tensor {tensor.name} has shape {list(shape)}, but {CONFIG_FILE} makes it {list(expected)}.",
+        )
+        require(
+            dtype in FLOATS, f"{folder}: tensor {tensor.name} has dtype {dtype}; it must be one of {', '.join(FLOATS)}."
+        )
+        found.append(np.dtype(FLOATS[dtype]))
+    return found[0] if len(set(found)) == 1 else np.dtype(jnp.result_type(*found))
+
+
+def _read_leaf(folder: Path, parts: Sequence[Tensor], leaf: np.ndarray, stored: dict[str, _Stored]) -> np.ndarray:
+    """Fills in one of our parameters."""
+    pieces = itertools.groupby(_pieces(parts, leaf, stored), key=lambda piece: piece[:2])
+    for (path, _), group in pieces:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            for _, _, tensor, rows in group:
+                with np.errstate(over="ignore"):  # float64 that float32 cannot hold becomes infinite, and is refused
+                    value = file.get_slice(tensor.name)[rows].astype(leaf.dtype, copy=False)
+                require(
+                    bool(np.isfinite(value).all()),
+                    f"{folder}: tensor {tensor.name} has values that are not finite (NaN or infinity), a sign of "
+                    "damage; copy or download the folder again.",
+                )
+                if tensor.unrouted:
+                    value = _without_shared_rows(folder, tensor, value)
+                if tensor.chosen is not None:
+                    value = value[list(tensor.chosen)]
+                tensor.view(leaf)[rows] = scaled(value, over=tensor.divisor)
+    return leaf
+
+
+def _pieces(parts: Sequence[Tensor], leaf: np.ndarray, stored: dict[str, _Stored]) -> Iterator[_Piece]:
+    """What to read of a parameter, in bites."""
+    done = 0
+    for tensor in parts:
+        file, shape, _ = stored[tensor.name]
+        step = max(1, PIECE_BYTES // (math.prod(shape[1:]) * leaf.itemsize))
+        starts = range(0, shape[0], step) if not tensor.rows else (0,)  # a router is small, and its rows are not ours
+        for start in starts:
+            rows = slice(None) if tensor.rows else slice(start, min(start + step, shape[0]))
+            yield _Piece(file, done // PIECE_BYTES, tensor, rows)
+            done += min(step, shape[0]) * math.prod(shape[1:]) * leaf.itemsize
+
+
+def _without_shared_rows(folder: Path, tensor: Tensor, value: np.ndarray) -> np.ndarray:
+    """The rows of routed experts of a published router."""
+    shared = value[-tensor.unrouted :]
+    require(
+        bool((shared == shared[:1]).all()),
+        f"{folder}: the last {tensor.unrouted} rows of {tensor.name} differ, which makes the weights of the shared "
+        "experts depend on the token; that is not supported. Set those rows to zero to give each shared expert the "
+        f"weight 1/{tensor.unrouted}.",
+    )
+    return value[: -tensor.unrouted]
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -337,23 +315,40 @@ def _weight_files(folder: Path) -> list[Path]:
     raise UserError(f"{folder} has neither {WEIGHTS_FILE} nor {INDEX_FILE}.")
 
 
-def _open(folder: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
-    """The open file that holds each tensor."""
-    holder: dict[str, Any] = {}
+def _stored(folder: Path) -> dict[str, _Stored]:
+    """Every published tensor in the folder's files, by name."""
+    found: dict[str, _Stored] = {}
     for path in _weight_files(folder):
         try:
-            file = stack.enter_context(safetensors.safe_open(path, framework="numpy"))
+            with safetensors.safe_open(path, framework="numpy") as file:
+                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+                headers = {name: _Stored(path, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
+                del slices  # they keep the file open
         except (safetensors.SafetensorError, OSError) as error:
             raise UserError(
-                f"{path} is not a complete safetensors file ({error}); copy or download it again."
+                f"{path} is not a complete safetensors file ({_cut_off(path) or error}); copy or download it again."
             ) from error
-        for name in file.keys():  # noqa: SIM118  (not a dict)
-            require(name not in holder, f"{folder}: tensor {name} is in two files, {path.name} the second.")
-            holder[name] = file
-    return holder
+        for name in headers:
+            require(name not in found, f"{folder}: tensor {name} is in two files, {path.name} the second.")
+        found |= headers
+    return found
 
 
-def _check_names(folder: Path, expected: set[str], found: Any) -> None:
+def _cut_off(path: Path) -> str:
+    """What says that a file ends before the data that its header promises; empty where it cannot be read so."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError), path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        size = path.stat().st_size
+        if length > size:
+            return ""
+        ends = {name: end["data_offsets"][1] for name, end in json.loads(file.read(length)).items() if name[:2] != "__"}
+        beyond = [(end, name) for name, end in ends.items() if 8 + length + end > size]
+        if beyond:
+            return f"it has {size} bytes of {8 + length + max(ends.values())}, and tensor {min(beyond)[1]} is cut off"
+    return ""
+
+
+def _check_names(folder: Path, expected: set[str], found: set[str]) -> None:
     """Raises `UserError` on the first names that are missing or not ours."""
     for what, names in (("is missing", expected - found), ("is not part of such a model", found - expected)):
         others = f" (and {len(names) - 1} more)" if len(names) > 1 else ""

@@ -11,112 +11,61 @@ import pytest
 from safetensors.numpy import save_file
 
 from emo_jax.errors import UserError
-from emo_jax.interop import read_config, read_parameters, to_public_names
-from emo_jax.model import bind
-
-SMALL = {
-    "model_type": "emo",
-    "vocab_size": 11,
-    "hidden_size": 8,
-    "intermediate_size": 6,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "num_experts": 5,
-    "num_experts_per_tok": 3,
-    "num_shared_experts": 1,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10_000.0,
-    "rope_scaling": None,
-    "hidden_act": "silu",
-    "norm_topk_prob": False,
-    "attention_bias": False,
-    "tie_word_embeddings": False,
-    "num_experts_per_layer": None,
-    "num_shared_experts_per_layer": None,
-    "dense_intermediate_size": None,
-}
-
-
-def tensors_of(values, seed=0):
-    """Random tensors of such a model, by published name."""
-    rng = np.random.default_rng(seed)
-    D, F, V = values["hidden_size"], values["intermediate_size"], values["vocab_size"]
-    N = D // values["num_attention_heads"]
-    K = values["num_key_value_heads"]
-    layers = values["num_hidden_layers"]
-    shapes = {"model.embed_tokens": (V, D), "model.norm": (D,), "lm_head": (V, D)}
-    for i, E in enumerate(values["num_experts_per_layer"] or [values["num_experts"]] * layers):
-        here = f"model.layers.{i}"
-        shapes |= {f"{here}.pre_attention_layernorm": (D,), f"{here}.pre_feedforward_layernorm": (D,)}
-        shapes |= {f"{here}.self_attn.{name}_proj": (D, D) for name in "qo"}
-        shapes |= {f"{here}.self_attn.{name}_proj": (K * N, D) for name in "kv"}
-        if E:
-            shapes[f"{here}.mlp.gate"] = (E, D)
-        for part in [f".experts.{e}" for e in range(E)] or [""]:
-            hidden = F if E else values["dense_intermediate_size"]
-            shapes |= {f"{here}.mlp{part}.{name}_proj": (hidden, D) for name in ("gate", "up")}
-            shapes[f"{here}.mlp{part}.down_proj"] = (D, hidden)
-    return {f"{name}.weight": rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
-
-
-def write(folder, values, tensors):
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(values))
-    save_file(tensors, folder / "model.safetensors")
-    return folder
-
-
-def read(folder):
-    config = read_config(folder)
-    return config, read_parameters(folder, config)
+from emo_jax.interop import huggingface, read_config, read_leaves, read_parameters, to_public_names
+from emo_jax.model import abstract_parameters, bind
+from tests.interop.folders import SMALL, VARIANTS, expert_counts, read, tensors_of, write, zero_shared_rows
 
 
 def assert_same(found, expected):
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
-def zero_shared_rows(tensors, shared):
-    for name, value in tensors.items():
-        if name.endswith("mlp.gate.weight") and shared:
-            value[-shared:] = 0
-    return tensors
-
-
-VARIANTS = {
-    "one shared expert": {},
-    "none shared": {"num_shared_experts": 0, "norm_topk_prob": True},
-    "two shared": {"num_shared_experts": 2},
-    "per layer": {"num_experts_per_layer": [4, 6], "num_shared_experts_per_layer": [1, 1]},
-    "a dense layer": {
-        "num_experts_per_layer": [0, 5],
-        "num_shared_experts_per_layer": [0, 1],
-        "dense_intermediate_size": 9,
-    },
-    "rope as transformers 5 writes it": {
-        "rope_theta": None,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
-    },
-}
-
-
 @pytest.mark.parametrize("name", VARIANTS)
 def test_public_names_are_the_inverse_of_reading(tmp_path, name):
     values = SMALL | VARIANTS[name]
-    tensors = zero_shared_rows(tensors_of(values), values["num_shared_experts"])
-    config, params = read(write(tmp_path, values, tensors))
+    folder = write(tmp_path, values, tensors_of(values))
+    config = read_config(folder)
+    write(folder, values, tensors := zero_shared_rows(tensors_of(values), config))
+    config, params = read(folder)
     assert config.rope_theta == 10_000.0 and config.dtype == "float32"
-    assert config.layer_experts == tuple(values["num_experts_per_layer"] or [5, 5])
+    assert list(config.layer_experts) == expert_counts(values)
+    jax.tree.map(lambda a, b: np.testing.assert_equal(a.shape, b.shape), params, abstract_parameters(config))
+    if values["model_type"] == "olmo2_noqknorm_prenorm":
+        return  # its public names are those of llama
     public = to_public_names(params, config)
+    if values["tie_word_embeddings"]:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     assert public.keys() == tensors.keys()
     for key, value in tensors.items():
         np.testing.assert_array_equal(public[key], value, err_msg=key)
         assert public[key].flags.c_contiguous and public[key].dtype == np.float32
 
 
+def test_always_active_experts_are_not_shared(tmp_path):
+    values = SMALL | VARIANTS["always active instead of shared"]
+    config = read_config(write(tmp_path, values, {}))
+    assert (config.num_shared_experts, config.num_choices, config.routed_experts) == (0, 3, (5,))
+    assert config.always_active_experts == ("0 3",)
+    values = SMALL | VARIANTS["always active"]
+    assert read_config(write(tmp_path, values, {})).always_active_experts == ("4 1", "4 1")
+
+
+def test_dense_models_are_equal_whatever_family_they_come_from(tmp_path):
+    dense = {"num_experts_per_layer": [0, 0], "dense_intermediate_size": 6}
+    kinds = ({"model_type": "llama"}, {"model_type": "olmo2_noqknorm_prenorm"}, dense)
+    llama, *others = (read_config(write(tmp_path, SMALL | kind, {})) for kind in kinds)
+    assert others == [llama, llama] and llama.d_dense == 6 and not llama.routed_experts
+
+
+@pytest.mark.parametrize("field", ["dtype", "torch_dtype"])
+def test_a_model_computes_in_bfloat16_where_it_says_so(tmp_path, field):
+    assert read_config(write(tmp_path, SMALL | {field: "bfloat16"}, {})).dtype == "bfloat16"
+    assert read_config(write(tmp_path, SMALL | {field: "float16"}, {})).dtype == "float32"
+
+
 def test_two_shared_experts_weigh_one_half_each(tmp_path):
     values = SMALL | {"num_shared_experts": 2}
-    tensors = zero_shared_rows(tensors_of(values), 2)
+    tensors = zero_shared_rows(tensors_of(values), read_config(write(tmp_path, values, {})))
     config, params = read(write(tmp_path, values, tensors))
     x_TD = np.random.default_rng(1).normal(size=(7, 8)).astype(np.float32)
 
@@ -131,7 +80,9 @@ def test_two_shared_experts_weigh_one_half_each(tmp_path):
 
 def test_gradients_by_published_weights_undo_the_scale_of_shared_experts(tmp_path):
     values = SMALL | {"num_shared_experts": 2}
-    config, params = read(write(tmp_path, values, zero_shared_rows(tensors_of(values), 2)))
+    config, params = read(
+        write(tmp_path, values, zero_shared_rows(tensors_of(values), read_config(write(tmp_path, values, {}))))
+    )
     weights, gradients = (to_public_names(params, config, gradients=g) for g in (False, True))
     for name, value in weights.items():  # published = ours · 2, so d/d published = d/d ours / 2
         scaled = name.endswith(("experts.3.down_proj.weight", "experts.4.down_proj.weight"))
@@ -144,13 +95,78 @@ def test_shared_experts_with_unequal_router_rows_are_refused(tmp_path):
         read(write(tmp_path, values, tensors_of(values)))
 
 
-@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16, np.float64])
-def test_stored_precisions_are_read_as_float32(tmp_path, dtype):
-    stored = {name: value.astype(dtype) for name, value in tensors_of(SMALL).items()}
-    widened = {name: value.astype(np.float32) for name, value in stored.items()}
-    _, params = read(write(tmp_path / "stored", SMALL, stored))
-    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype(np.float32)}
-    assert_same(params, read(write(tmp_path / "wide", SMALL, widened))[1])
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16, np.float32])
+def test_leaves_come_whole_in_the_stored_precision_largest_first(tmp_path, dtype):
+    folder = write(tmp_path / "stored", SMALL, stored := tensors_of(SMALL, dtype=dtype))
+    leaves = list(read_leaves(folder, read_config(folder)))
+    assert all(leaf.dtype == dtype and leaf.flags.c_contiguous for _, leaf in leaves)
+    sizes = [leaf.nbytes for _, leaf in leaves]
+    assert sizes == sorted(sizes, reverse=True)
+    wide = write(tmp_path / "wide", SMALL, {name: value.astype(np.float32) for name, value in stored.items()})
+    widened = dict(read_leaves(wide, read_config(wide)))
+    assert dict(leaves).keys() == widened.keys()
+    for path, leaf in leaves:
+        np.testing.assert_array_equal(leaf, widened[path], err_msg=str(path))
+
+
+def test_a_leaf_in_several_precisions_comes_in_one_that_holds_them_all(tmp_path):
+    tensors = tensors_of(SMALL)
+    for name in tensors:
+        expert = name.split("experts.")[-1][:1]
+        tensors[name] = tensors[name].astype({"0": ml_dtypes.bfloat16, "1": np.float16}.get(expert, np.float64))
+    folder = write(tmp_path / "mixed", SMALL, tensors)
+    wide = write(tmp_path / "wide", SMALL, {name: value.astype(np.float32) for name, value in tensors.items()})
+    params = read(folder)[1]
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype(np.float32)}  # never float64
+    assert_same(params, read(wide)[1])
+    for name in tensors:
+        tensors[name] = tensors[name].astype(ml_dtypes.bfloat16 if "experts.0" in name else np.float16)
+    gate = read(write(folder, SMALL, tensors))[1]["layers"]["00"]["moe"]["routed"]["gate"]
+    assert gate.dtype == np.float32  # neither holds the other
+
+
+@pytest.mark.parametrize("name", ["one shared expert", "two shared", "a dense layer", "always active", "olmoe"])
+def test_kept_experts_are_those_of_the_whole_model_and_no_other_is_read(tmp_path, name):
+    values = SMALL | VARIANTS[name]
+    config = read_config(write(tmp_path, values, {}))
+    tensors = zero_shared_rows(tensors_of(values), config)
+    whole = read(write(tmp_path, values, tensors))[1]
+    left_out = 2
+    kept = [[e for e in range(routed) if e != left_out] for routed in config.routed_experts]
+    for key in tensors:
+        if f"experts.{left_out}." in key:
+            tensors[key][:] = np.nan  # would be refused
+    write(tmp_path, values, tensors)
+    part = read_parameters(tmp_path, config, kept)
+    layer = whole["layers"]["01"]["moe"]
+    layer["router"] = layer["router"][:, kept[-1]]
+    layer["routed"] = {key: leaf[kept[-1]] for key, leaf in layer["routed"].items()}
+    assert_same(part["layers"]["01"], whole["layers"]["01"])
+    jax.tree.map(lambda a, b: np.testing.assert_equal(a.shape, b.shape), part, abstract_parameters(config.cut(kept)))
+
+
+def test_large_tensors_are_read_in_pieces(tmp_path, monkeypatch):
+    whole = read(write(tmp_path, SMALL, tensors_of(SMALL)))[1]
+    monkeypatch.setattr(huggingface, "PIECE_BYTES", 100)  # three rows of the embedding
+    assert_same(read(tmp_path)[1], whole)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float32])
+def test_a_value_that_is_not_finite_is_refused(tmp_path, value, dtype):
+    tensors = tensors_of(SMALL, dtype=dtype)
+    tensors["model.layers.1.mlp.experts.2.down_proj.weight"][3, 4] = value
+    with pytest.raises(
+        UserError, match=r"model\.layers\.1\.mlp\.experts\.2\.down_proj\.weight has values that are not"
+    ):
+        read(write(tmp_path, SMALL, tensors))
+
+
+def test_float64_beyond_float32_is_refused(tmp_path):
+    tensors = tensors_of(SMALL, dtype=np.float64)
+    tensors["model.norm.weight"][0] = 1e300
+    with pytest.raises(UserError, match=r"model\.norm\.weight has values that are not finite"):
+        read(write(tmp_path, SMALL, tensors))
 
 
 def shard(folder):
@@ -205,16 +221,20 @@ def test_missing_extra_and_misshapen_tensors_are_named(tmp_path):
 @pytest.mark.parametrize(
     "change",
     [
-        {"model_type": "olmoe"},
         {"hidden_act": "gelu"},
         {"attention_bias": True},
         {"tie_word_embeddings": True},
         {"dense_mlp_bias": True},
-        {"always_active_experts": [0]},
+        {"ghost_extend_eval": True},
         {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
         {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}},
         {"num_experts_per_layer": [5, 6], "num_shared_experts_per_layer": [1, 2]},
         {"norm_topk_prob": True},
+        {"num_shared_experts": 0, "always_active_experts": [0], "norm_topk_prob": True},
+        {"model_type": "olmoe", "clip_qkv": 8.0},
+        {"model_type": "olmo2", "tie_word_embeddings": True},
+        {"model_type": "llama", "mlp_bias": True},
+        {"model_type": "llama", "rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
         {"head_dim": 16},
         {"quantization_config": {"quant_method": "fp8"}},
     ],
@@ -228,6 +248,27 @@ def test_what_is_not_supported_is_refused_with_field_and_value(tmp_path, change)
     assert f"{field}={value!r} is not supported yet" in str(error.value)
 
 
+def test_an_unknown_family_is_refused_with_those_that_are_known(tmp_path):
+    with pytest.raises(UserError, match=r"model_type='gpt2' is not supported; these are: emo, olmoe, llama, olmo2, "):
+        read_config(write(tmp_path, SMALL | {"model_type": "gpt2"}, {}))
+
+
+@pytest.mark.parametrize(
+    "field", ["num_experts_per_layer", "num_shared_experts_per_layer", "always_active_experts_per_layer"]
+)
+def test_lists_of_another_length_are_refused(tmp_path, field):
+    lists = {"num_experts_per_layer": [5, 5], field: [[0]] if "active" in field else [5]}
+    with pytest.raises(UserError, match=rf"{field}=\[.*must have an entry for each of the num_hidden_layers=2 layers"):
+        read_config(write(tmp_path, SMALL | lists, {}))
+
+
+def test_layers_with_shared_beside_layers_with_always_active_experts_are_refused(tmp_path):
+    with pytest.raises(
+        UserError, match=r"always_active_experts_per_layer=\[\[0\], \[\]\] leaves .*num_shared_experts=1"
+    ):
+        read_config(write(tmp_path, SMALL | {"always_active_experts_per_layer": [[0], []]}, {}))
+
+
 def test_an_incomplete_or_impossible_config_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"config\.json does not exist"):
         read_config(tmp_path)
@@ -236,6 +277,10 @@ def test_an_incomplete_or_impossible_config_is_refused(tmp_path):
         read_config(folder)
     with pytest.raises(UserError, match=r"config\.json: model\.top_k=7 asks for 6 routed experts"):
         read_config(write(tmp_path, SMALL | {"num_experts_per_tok": 7}, {}))
+    with pytest.raises(UserError, match=r"hidden_size='8' must be a whole number"):
+        read_config(write(tmp_path, SMALL | {"hidden_size": "8"}, {}))
+    with pytest.raises(UserError, match=r"num_heads=0 must be at least 1"):
+        read_config(write(tmp_path, SMALL | {"num_attention_heads": 0}, {}))
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="not valid JSON"):
         read_config(tmp_path)
@@ -258,10 +303,31 @@ def test_pickled_weights_are_never_read(tmp_path):
         read(folder)
 
 
-@pytest.mark.parametrize("content", ["half a file", "a large-file pointer"])
-def test_a_broken_file_is_reported_as_such(tmp_path, content):
-    file = write(tmp_path, SMALL, tensors_of(SMALL)) / "model.safetensors"
-    whole = file.read_bytes()
-    file.write_bytes(whole[: len(whole) // 2] if content == "half a file" else b"version https://git-lfs")
+@pytest.mark.parametrize("content", [b"", b"version https://git-lfs", b"\x10\0\0\0\0\0\0\0{'not': 'JSON'}  "])
+def test_what_is_no_safetensors_file_is_reported_as_such(tmp_path, content):
+    (write(tmp_path, SMALL, tensors_of(SMALL)) / "model.safetensors").write_bytes(content)
     with pytest.raises(UserError, match="not a complete safetensors file"):
         read(tmp_path)
+
+
+def test_a_truncated_file_is_reported_with_the_first_tensor_that_is_cut_off(tmp_path):
+    tensors = tensors_of(SMALL)
+    file = write(tmp_path, SMALL, tensors) / "model.safetensors"
+    whole = file.read_bytes()
+    header = json.loads(whole[8:][: int.from_bytes(whole[:8], "little")])
+    first, second, *_ = sorted(header, key=lambda name: -header[name]["data_offsets"][1])
+    file.write_bytes(whole[:-1])
+    with pytest.raises(UserError, match=rf"not a complete .* has {len(whole) - 1} bytes of {len(whole)}, .*{first} is"):
+        read(tmp_path)
+    file.write_bytes(whole[: -tensors[first].nbytes - 1])
+    with pytest.raises(UserError, match=rf"not a complete safetensors file .*tensor {second} is cut off.*copy"):
+        read(tmp_path)
+
+
+def test_everything_is_checked_before_anything_is_read(tmp_path):
+    tensors = tensors_of(SMALL)
+    tensors["model.embed_tokens.weight"][0, 0] = np.nan
+    tensors["model.norm.weight"] = np.ones(7, np.float32)
+    folder = write(tmp_path, SMALL, tensors)
+    with pytest.raises(UserError, match=r"model\.norm\.weight has shape \[7\]"):
+        read_leaves(folder, read_config(folder))
