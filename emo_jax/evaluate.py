@@ -2,10 +2,11 @@
 
 Prints loss, next-token accuracy and bits per byte by domain, without document pools. With `--keep=32,16,8` it chooses
 that many experts for each domain on the texts of `--calibration` and prints what each size retains and the cross-domain
-matrix. Without `--data` a run is tested on its own held-out documents, and chooses on those it trained on.
-`--subset=FILE` evaluates the kept experts beside the full model, `--ablate=FILE` all but them; `--tasks=NAMES` runs
-benchmarks of lm-evaluation-harness (and nothing else, unless `--data` or `--keep` ask for it). Several models,
-`--model=A,B`, are compared on one page.
+matrix. With `--pools=8,16` it prints what a text loses when its first tokens choose the routed experts that it may use
+(`emo_jax.generate --pool`), and how many expert uses a cache of experts would answer. Without `--data` a run is tested
+on its own held-out documents, and chooses on those it trained on. `--subset=FILE` evaluates the kept experts beside the
+full model, `--ablate=FILE` all but them; `--tasks=NAMES` runs benchmarks of lm-evaluation-harness (and nothing else,
+unless `--data`, `--keep` or `--pools` ask for it). Several models, `--model=A,B`, are compared on one page.
 
 Tables go to `--out` (evaluation.json, evaluation.csv, and retention.html), which is the run directory if not given; its
 report.html then shows them.
@@ -33,6 +34,8 @@ _METHODS = flags.DEFINE_list("methods", ["router_mass"], "Criteria that choose t
 _DOCUMENTS = flags.DEFINE_integer("documents", 0, "Use the first so many texts of each domain; 0: all.")
 _CALIBRATE = flags.DEFINE_list("calibration_documents", ["25"], "The same of the calibration texts; several: compared.")
 _SEQUENCE = flags.DEFINE_integer("sequence_length", 1024, "Tokens in a row, of --data and --calibration.")
+_POOLS = flags.DEFINE_list("pools", [], "Sizes, in routed experts, of pools that a text's first tokens choose.")
+_PROMPTS = flags.DEFINE_list("prompts", ["16", "32", "64", "128"], "How many first tokens choose them.")
 _TASKS = flags.DEFINE_list("tasks", [], "Benchmarks, by their names in lm-evaluation-harness.")
 _TASK_PATH = flags.DEFINE_string("task_path", "", "Folder of further task files.")
 _FEWSHOT = flags.DEFINE_integer("fewshot", -1, "Examples in a prompt; -1: as each task has it.")
@@ -45,10 +48,11 @@ def main() -> int:
     require_choice("--weights", _WEIGHTS.value, ("renormalized", "original"))
     require(not (_SUBSET.value and _ABLATE.value), "--subset and --ablate are both given; give one.")
     keeps, counts = _numbers("keep", _KEEP.value), _numbers("calibration_documents", _CALIBRATE.value)
+    pools, prompts = _numbers("pools", _POOLS.value), _numbers("prompts", _PROMPTS.value)
     require(bool(counts), "--calibration_documents is empty; give a number, 0 for all.")
     require(
-        bool(keeps) or not _CALIBRATION.value,
-        f"--calibration={_CALIBRATION.value!r} is for choosing experts; give --keep=SIZES too.",
+        bool(keeps or pools) or not _CALIBRATION.value,
+        f"--calibration={_CALIBRATION.value!r} is for choosing experts; give --keep=SIZES or --pools=SIZES too.",
     )
     from emo_jax.api import load
     from emo_jax.modularity import Subset, tables
@@ -71,7 +75,7 @@ def main() -> int:
             made[name]["tasks"] = run_tasks(
                 confined, _TASKS.value, task_path=_TASK_PATH.value, fewshot=_FEWSHOT.value, limit=_LIMIT.value
             )
-        if not _TASKS.value or _DATA.value or keeps:
+        if not _TASKS.value or _DATA.value or keeps or pools:
             texts = Texts(
                 model, Path(path), data=_DATA.value, calibration=_CALIBRATION.value, sequence_length=_SEQUENCE.value
             )
@@ -86,6 +90,8 @@ def main() -> int:
                 subset=subset,
                 ablate=ablate,
                 renormalized=renormalized,
+                pools=pools,
+                prompts=prompts,
             )
         for key, table in made[name].items():
             print(f"\n{TITLES[key]}\n\n{tables.as_text(table)}")

@@ -30,6 +30,8 @@ class Settings:
     pool_kind: str = "none"
     """`none`, `document`, or `random` (the given scores stand in for the document sums)."""
     forced: int = 0
+    always_active: Sequence[int] = ()
+    """Experts that every token chooses, first; in `route` alone."""
     balance_scope: str = "global"
     balance_weight: float = 0.1
     router_z_weight: float = 1e-3
@@ -159,8 +161,10 @@ def route(
     settings: Settings,
     pool_sizes_BG: np.ndarray | None = None,
     scores_BGR: np.ndarray | None = None,
+    voters_BS: np.ndarray | None = None,
 ) -> Routing:
-    """Items 2–5 of one mixture layer, from its router logits."""
+    """Items 2–5 of one mixture layer, from its router logits; the pool is chosen by all of a document's tokens, or by
+    the voters among them."""
     B, S, R = logits_BSR.shape
     C = settings.num_choices
     G = int(document_ids_BS.max(initial=0)) if pool_sizes_BG is None else pool_sizes_BG.shape[1]
@@ -182,7 +186,9 @@ def route(
             if settings.pool_kind == "none":
                 pool_R = np.ones(R, bool)
             elif settings.pool_kind == "document":
-                score_R = sum(routing.probabilities_BSR[b, s] for s in tokens)
+                voters = [s for s in tokens if voters_BS is None or voters_BS[b, s]]
+                score_R = sum((routing.probabilities_BSR[b, s] for s in voters), np.zeros(R))
+                score_R[list(settings.always_active)] = np.inf
                 pool_R = document_pool(score_R, int(pool_sizes_BG[b, g]), settings.forced)
             elif settings.pool_kind == "random":
                 pool_R = document_pool(scores_BGR[b, g, :R], int(pool_sizes_BG[b, g]), settings.forced)
@@ -192,7 +198,8 @@ def route(
             for s in tokens:
                 masked_R = np.where(pool_R, logits_BSR[b, s], -np.inf)
                 w_R = softmax(masked_R)
-                chosen_C = sorted(range(R), key=lambda r: (-masked_R[r], r))[:C]
+                always = settings.always_active
+                chosen_C = sorted(range(R), key=lambda r: (r not in always, r if r in always else -masked_R[r], r))[:C]
                 weights_C = w_R[chosen_C]
                 if settings.normalize_top_k:
                     weights_C = weights_C / weights_C.sum()
@@ -224,7 +231,8 @@ def forward(
     pool_sizes_LBG: Sequence[np.ndarray] | np.ndarray | None = None,
     scores_LBGR: Sequence[np.ndarray] | np.ndarray | None = None,
 ) -> Forward:
-    """The transformer on the batch's `tokens`, `document_ids` and `positions`; l counts mixture layers only."""
+    """The transformer on the batch's `tokens`, `document_ids` and `positions` (and `voters`, where it has some); l
+    counts mixture layers only."""
     params = as_float64(params)
     tokens_BS, ids_BS, positions_BS = (np.asarray(batch[n]) for n in ("tokens", "document_ids", "positions"))
     epsilon = settings.norm_epsilon
@@ -243,7 +251,8 @@ def forward(
         i = len(routings)
         sizes_BG = None if pool_sizes_LBG is None else np.asarray(pool_sizes_LBG[i])
         scores_BGR = None if scores_LBGR is None else np.asarray(scores_LBGR[i])
-        routing = route(h_BSD @ layer["moe"]["router"], ids_BS, settings, sizes_BG, scores_BGR)
+        logits_BSR = h_BSD @ layer["moe"]["router"]
+        routing = route(logits_BSR, ids_BS, settings, sizes_BG, scores_BGR, batch.get("voters"))
         for b in range(len(x_BSD)):
             x_BSD[b] += mixture(h_BSD[b], layer["moe"], routing.indices_BSC[b], routing.weights_BSC[b])
         routings.append(routing)

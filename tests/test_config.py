@@ -109,6 +109,12 @@ def test_a_wrong_value_is_refused_with_its_field_and_value(overrides):
         ({"model.num_experts": 0, "pool.kind": "none", "model.d_dense": 0}, "model.d_dense=0"),
         ({"model.num_experts": 0}, "pool.kind='document' needs experts, but this model is dense; set pool.kind=none"),
         ({"model.experts_per_layer": (8, 2)}, "model.top_k=3 asks for 2 routed experts, but a layer has only 1"),
+        ({"model.norm_placement": "both"}, "model.norm_placement='both' is not one of"),
+        ({"model.always_active_experts": ("0",)}, "model.always_active_experts has 1 entries for 2 mixture layers"),
+        ({"model.always_active_experts": ("0", "9")}, r"always_active_experts has '9' for mixture layer 1"),
+        ({"model.always_active_experts": ("0", "0 0")}, "has '0 0' for mixture layer 1: give different numbers"),
+        ({"model.always_active_experts": ("0 1", "0")}, "fewer than the 2 routed experts that a token uses"),
+        ({"model.always_active_experts": ("x", "0")}, "has 'x' for mixture layer 0"),
         ({"balance.scope": "local", "balance.local_rows": 3}, "balance.local_rows=3 must divide the 8 rows"),
         (
             {"balance.scope": "local", "balance.local_rows": 4, "train.microbatches": 4},

@@ -126,9 +126,16 @@ class Line(NamedTuple):
 
 
 def point_figure(
-    name: str, lines: Sequence[Line], *, x_title: str, hover: str = ".3f", height: int = 280, **y_axis: Any
+    name: str,
+    lines: Sequence[Line],
+    *,
+    x_title: str,
+    hover: str = ".3f",
+    height: int = 280,
+    falling: bool = True,
+    **y_axis: Any,
 ) -> str:
-    """Lines over a few numbers of experts, the most on the left, on a logarithmic axis, as an HTML fragment.
+    """Lines over a few numbers, such as of experts kept, on a logarithmic axis, as an HTML fragment.
 
     Args:
       name: unique on the page; the element's id.
@@ -136,6 +143,7 @@ def point_figure(
       x_title: of the axis.
       hover: d3 format of a value.
       height: in pixels.
+      falling: the largest number is on the left.
       y_axis: further attributes of Plotly's y axis.
     """
     figure = go.Figure()
@@ -156,7 +164,11 @@ def point_figure(
     ticks = sorted({x for line in lines for x in line.x}, reverse=True)
     figure.update_layout(hovermode="x unified" if len(lines) <= 12 else "closest")
     figure.update_xaxes(
-        title={"text": x_title, "standoff": 6}, type="log", autorange="reversed", tickvals=ticks, ticktext=ticks
+        title={"text": x_title, "standoff": 6},
+        type="log",
+        autorange="reversed" if falling else True,
+        tickvals=ticks,
+        ticktext=ticks,
     )
     figure.update_yaxes(automargin=True, nticks=6, **y_axis)
     return _fragment(name, figure, height)

@@ -47,6 +47,9 @@ def retention_sections(models: dict[str, Tables]) -> str:
     calibrated = {name: tables["calibration"] for name, tables in models.items() if "calibration" in tables}
     if calibrated:
         parts.append(_calibration(calibrated))
+    served = {name: tables for name, tables in models.items() if "pools" in tables and "cache" in tables}
+    if served:
+        parts.append(_serving(served))
     plain = [
         page.card(f"{title} · {name}" if len(models) > 1 else title, html_table(tables[key]), "", wide=True)
         for name, tables in models.items()
@@ -156,6 +159,56 @@ def _calibration(tables: dict[str, list[list[Any]]]) -> str:
         rows += [[name, row[2] or "all", *row[3:]] for row in table[1:] if row[0] == "mean"]
     card = page.card("", html_table(rows), "Nats added, mean over the domains.", wide=True)
     return page.section("How few documents are enough", "Experts chosen on so many documents.", [card])
+
+
+def _serving(models: dict[str, Tables]) -> str:
+    """What a prompt's pool costs, and what a cache of experts saves."""
+    pools = list(dict.fromkeys(row[0] for tables in models.values() for row in tables["pools"][1:]))
+    prompted, cached, rows = [], [], [["model", "experts", "chosen by", "nats added"]]
+    for (name, tables), colour in zip(models.items(), _COLOURS, strict=False):
+        for pool, dash in zip(pools, _DASHES, strict=False):
+            own = [row for row in tables["pools"][1:] if row[0] == pool]
+            lengths = [(int(row[1].split()[0]), row[2]) for row in own if row[1].endswith(" tokens")]
+            if lengths:
+                x, y = zip(*lengths, strict=True)
+                prompted.append(Line(f"{name}, {pool}" if len(pools) > 1 else name, x, y, colour, name, dash))
+            rows += [[name, *row[:3]] for row in own if not row[1].endswith(" tokens")]
+        head, *lines = tables["cache"]
+        for place, (kind, dash) in enumerate(zip(head[1:], _DASHES, strict=False), 1):
+            values = [row[place] for row in lines]
+            cached.append(Line(f"{name}, {kind}", [row[0] for row in lines], values, colour, name, dash))
+    share: dict[str, Any] = {"hover": ".1%", "tickformat": ".0%", "falling": False}
+    cards = [
+        page.card(
+            "A prompt's pool",
+            point_figure(
+                "prompt_pool",
+                prompted,
+                x_title="tokens of the prompt, which choose the pool",
+                falling=False,
+                height=340,
+            ),
+            "Nats added on the same tokens, those behind the longest prompt, when the first tokens choose the routed "
+            "experts that prompt and continuation may use; mean over the domains.",
+        ),
+        page.card(
+            "An expert cache",
+            point_figure("expert_cache", cached, x_title="routed experts of a layer in the cache", height=340, **share),
+            "Share of expert uses that a cache of the least recently used experts answers, on a stream that takes a "
+            "document of each domain in turn, token by token.",
+        ),
+        page.card(
+            "Other choices of as many experts",
+            html_table(rows),
+            "Nats added on those tokens. The oracle reads the whole text, its future too; a subset is chosen on other "
+            "texts of the domain.",
+            wide=True,
+        ),
+    ]
+    chips = [(name, name, colour) for name, colour in zip(models, _COLOURS, strict=False)]
+    sizes = "pools of " + ", ".join(f"{pool} ({dash})" for pool, dash in zip(pools, _DASHES, strict=False))
+    lead = "What the routed experts of a text are when it is served: pools frozen from its prompt, experts in a cache."
+    return page.section("Serving", lead, cards, page.legend("model", chips, note=sizes))
 
 
 def html_table(table: Sequence[Sequence[Any]]) -> str:

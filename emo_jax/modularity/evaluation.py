@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING
 from emo_jax.config import Config
 from emo_jax.data import DataConfig, TokenStore, domain_batches, examples_by_domain, first_documents, open_store
 from emo_jax.errors import UserError, require, require_choice
+from emo_jax.evaluation.serving import WHOLE, Served, cache_hits, switching
+from emo_jax.inference import pool_size
 from emo_jax.interop.huggingface import CONFIG_FILE, read_json
 from emo_jax.modularity import tables
 from emo_jax.modularity.retention import Batches, SubsetLosses, measure_retention
-from emo_jax.modularity.selection import METHODS, check_keep
-from emo_jax.modularity.subset import Subset
+from emo_jax.modularity.selection import METHODS, check_keep, select
+from emo_jax.modularity.subset import Subset, kept_masks
 
 if TYPE_CHECKING:
     from emo_jax.api import Model  # which imports this package
@@ -23,6 +25,8 @@ TITLES = {
     "retention": "Nats added and accuracy lost when a domain keeps so many experts, chosen for it",
     "matrix": "Nats added to the domains across by the experts chosen for the domain on the left",
     "calibration": "Nats added, by the number of documents that the experts are chosen on (0: all)",
+    "pools": "Nats added on the tokens behind the longest prompt, by the routed experts that a text may use",
+    "cache": "Share of expert uses that a cache of the least recently used experts of a layer answers",
     "tasks": "Benchmarks",
 }
 _BATCH = 8
@@ -104,6 +108,8 @@ def evaluate_model(
     subset: Subset | None = None,
     ablate: bool = False,
     renormalized: bool = True,
+    pools: Sequence[int] = (),
+    prompts: Sequence[int] = (),
     log: Callable[[str], None] = print,
 ) -> dict[str, tables.Table]:
     """Tables by the names of `TITLES`.
@@ -120,6 +126,8 @@ def evaluate_model(
       subset: one to evaluate.
       ablate: without its experts instead of with them alone.
       renormalized: weights of kept experts.
+      pools: sizes of the pools that a prompt chooses, in routed experts; none: neither pools nor caches.
+      prompts: their lengths, in tokens.
       log: receives a line a domain.
 
     Raises:
@@ -136,8 +144,14 @@ def evaluate_model(
     require(not keeps or size in keeps, f"matrix_keep={size} is not one of keep={list(keeps)}.")
     if subset is not None:
         subset.check(model.config, model.fingerprint)
+    if pools and not model.config.routed_experts:
+        pools = ()
+    for number in pools:
+        pool_size(f"prompt:{number}", model.config)
+        check_keep(model.config, number + model.config.num_shared_experts)
+    require(not pools or bool(prompts), "pools are chosen by prompts; give their lengths too.")
     first, *others = calibration_documents
-    calibration = texts.calibration(first) if keeps else {}
+    calibration = texts.calibration(first) if keeps or pools else {}
     test, sizes = texts.test(documents)
     losses = SubsetLosses(model.config, model.params, test)
     full = losses.full()
@@ -172,4 +186,35 @@ def evaluate_model(
                     methods=methods[:1],
                 )
             made["calibration"] = tables.calibration_table(compared, size, methods[0])
+    if pools:
+        log("Serving with pools ...")
+        made |= _serve(model, test, calibration, pools, prompts)
     return made
+
+
+def _serve(
+    model: "Model",
+    test: dict[str, Batches],
+    calibration: dict[str, Batches],
+    pools: Sequence[int],
+    prompts: Sequence[int],
+) -> dict[str, tables.Table]:
+    """The tables `pools` and `cache`."""
+    config = model.config
+    served = Served(config, model.params, test, max(prompts))
+    full = {domain: served.loss(domain).loss for domain in test}
+    added: dict[tuple[str, str], dict[str, float]] = {}
+    hits = {"all experts": cache_hits(switching({d: [*served.choices(d)] for d in test}), max(config.routed_experts))}
+    for size in pools:
+        for prompt in (*prompts, WHOLE):
+            chooser = f"{prompt} tokens" if prompt != WHOLE else "whole text (oracle)"
+            losses = {domain: served.loss(domain, size, prompt).loss for domain in test}
+            added[str(size), chooser] = {domain: losses[domain] - full[domain] for domain in test}
+        keep = size + config.num_shared_experts
+        subsets = {domain: select(config, model.params, [calibration[domain]], keep=keep) for domain in test}
+        losses = {d: served.loss(d, kept=kept_masks(config, subset)).loss for d, subset in subsets.items()}
+        added[str(size), "other texts (subset)"] = {domain: losses[domain] - full[domain] for domain in test}
+        chosen = {domain: [*served.choices(domain, size, max(prompts))] for domain in test}
+        hits[f"pool of {size}"] = cache_hits(switching(chosen), max(config.routed_experts))
+    sizes = [n for n in (2**power for power in range(1, 12)) if config.num_choices <= n < max(config.routed_experts)]
+    return {"pools": tables.pools_table(added), "cache": tables.cache_table(hits, [*sizes, max(config.routed_experts)])}

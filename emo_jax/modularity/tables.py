@@ -3,6 +3,7 @@
 import csv
 import io
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -74,6 +75,21 @@ def matrix_table(result: Retention) -> Table:
     for own in domains:
         table.append([own, *(result.matrix[own, other].loss - result.full[other].loss for other in domains)])
     return [*table, [SPECIFICITY, specificity(result)[0]]]
+
+
+def pools_table(added: dict[tuple[str, str], dict[str, float]]) -> Table:
+    """Nats added on the same tokens by what a text may use, from (which experts, chosen by) → domain → nats."""
+    domains = list(next(iter(added.values())))
+    table: Table = [["experts", "chosen by", "mean", *domains]]
+    for (experts, chooser), values in added.items():
+        table.append([experts, chooser, float(np.mean([*values.values()])), *(values[name] for name in domains)])
+    return table
+
+
+def cache_table(hits: dict[str, np.ndarray], sizes: Sequence[int]) -> Table:
+    """Hit rates of an expert cache, from what a text may use → [R], for caches of so many experts a layer."""
+    table: Table = [["experts cached", *hits]]
+    return [*table, *([size, *(float(rate_R[size - 1]) for rate_R in hits.values())] for size in sizes)]
 
 
 def summary_table(retention: dict[str, Table]) -> Table:

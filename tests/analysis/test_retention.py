@@ -46,11 +46,23 @@ def test_a_page_shows_every_model_and_opens_in_a_browser(tmp_path):
         ["mean", "router_mass", 1, 0.456, 0.4],
         ["mean", "router_mass", 0, 0.3, 0.2],
     ]
+    for name, added in (("emo", 0.02), (HOSTILE, 0.3)):
+        pools = [[size, f"{n} tokens", added * 16 / n, added] for size in ("8", "16") for n in (16, 64)]
+        pools += [["8", "whole text (oracle)", added / 9, added], ["8", "other texts (subset)", 0.789, added]]
+        models[name]["pools"] = [["experts", "chosen by", "mean", "python"], *pools]
+        models[name]["cache"] = [["experts cached", "all experts", "pool of 8"], [4, 0.3, 0.5], [31, 1.0, 1.0]]
     models["std"]["tasks"] = [["task", "metric", "value", "standard error", "examples"], ["six", "acc", 0.517, "", 6]]
     page = write_page(tmp_path / "retention.html", retention_page(models))
     text = own_html(page)
-    assert len(figures(text)) == 4 + len(models)
-    for words in ("Off the diagonal minus on it: 0.123", "+0.600", "0.456", "<td class=number>all</td>", "0.517"):
+    assert len(figures(text)) == 4 + len(models) + 2
+    for words in (
+        "Off the diagonal minus on it: 0.123",
+        "+0.600",
+        "0.456",
+        "<td class=number>all</td>",
+        "0.517",
+        "0.789",
+    ):
         assert words in text, words
     assert "<script>alert" not in text
 

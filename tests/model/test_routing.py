@@ -146,6 +146,36 @@ def test_routing_is_the_oracles(kind, normalize, forced):
     check()
 
 
+@settings(deadline=None, max_examples=25)
+@given(SEEDS)
+def test_pools_of_some_tokens_and_always_active_experts_are_the_oracles(seed):
+    always = (4, 1)
+    rng, logits_BSR, ids_BS, sizes_BG, _ = random_case(seed, 3)
+    voters_BS = rng.random((B, S)) < 0.4
+    with jax.enable_x64(True):
+        ours = voting_router(always)(logits_BSR, ids_BS, sizes_BG, voters_BS)
+    setting = oracle.Settings(3, pool_kind="document", always_active=always)
+    wanted = oracle.route(logits_BSR, ids_BS, setting, sizes_BG, None, voters_BS)
+    routed_BS = ids_BS > 0
+    np.testing.assert_array_equal(ours.indices_BSC[routed_BS], wanted.indices_BSC[routed_BS])
+    np.testing.assert_allclose(ours.weights_BSC[routed_BS], wanted.weights_BSC[routed_BS], rtol=1e-12)
+    for b, g in itertools.product(range(B), range(G)):
+        if (ids_BS[b] == g + 1).any():
+            np.testing.assert_array_equal(ours.in_pool_BGR[b, g], wanted.pool_BGR[b, g])
+
+
+@functools.cache
+def voting_router(always):
+    pool = PoolConfig(kind="document", min=3, max=R + 1)
+
+    def run(logits_BSR, ids_BS, size_BG, voters_BS):
+        return route(
+            logits_BSR, ids_BS, choices=3, pool=pool, size_BG=size_BG, voters_BS=voters_BS, always_active=always
+        )
+
+    return jax.jit(run)
+
+
 @functools.cache
 def _scores():
     return jax.jit(lambda seeds_BG2: random_scores(seeds_BG2, R))

@@ -234,6 +234,21 @@ def test_a_variable_budget_keeps_as_many_in_all_and_enough_in_each_layer():
     assert min(map(len, subset.experts)) >= MODEL.num_choices
 
 
+def test_experts_that_every_token_uses_are_kept_and_renumbered():
+    model = dataclasses.replace(MODEL, always_active_experts=("6", "0"))
+    for options in ({}, {"greedy": False, "budget": "mass", "mass": 0.3, "method": "gate"}, {"method": "random"}):
+        kept = select(model, PARAMS, [small.batches()], keep=4, **options).experts
+        assert 6 in kept[0] and 0 in kept[1] and min(map(len, kept)) >= model.num_choices
+    subset = Subset(((1, 4, 6), (0, 2, 8)), fingerprint(model, PARAMS), "by hand", "")
+    smaller, params = cut(model, PARAMS, subset)
+    assert smaller.always_active_experts == ("2", "0") and smaller.routed_experts == (3, 3)
+    batch = small.batches(1)[0]
+    masked_BSV = small.logits(model, PARAMS, batch, kept_masks(model, subset))
+    np.testing.assert_allclose(small.logits(smaller, params, batch), masked_BSV, rtol=1e-9, atol=1e-12)
+    with pytest.raises(UserError, match="leaves out expert 6 of mixture layer 0, which every token uses"):
+        cut(model, PARAMS, Subset(((1, 4), (0, 2)), subset.model, "by hand", ""))
+
+
 def test_random_subsets_differ_by_seed_alone():
     made = [select(MODEL, PARAMS, [], method="random", keep=4, seed=seed).experts for seed in (0, 0, 1)]
     assert made[0] == made[1] != made[2]

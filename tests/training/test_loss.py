@@ -3,6 +3,8 @@
 Letters: B rows, R routed experts, L mixture layers.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -80,6 +82,17 @@ def test_a_loss_is_its_parts_each_over_its_own_tokens_with_weights_shared_by_lay
     wanted = parts["cross_entropy"] + 0.05 * parts["logits_z"]
     wanted += 0.3 / L * parts["balance"].sum() + 0.2 / L * parts["router_z"].sum()
     np.testing.assert_allclose(loss, wanted)
+
+
+def test_experts_that_every_token_uses_are_left_out_of_the_balance():
+    run, sums = config(), random_sums(1)
+    run.model = dataclasses.replace(run.model, always_active_experts=("3", "0"))
+    _, parts = combine(run, sums, Tokens(jnp.int32(1), sums.routing[0].tokens_B.sum()))
+    for ours, always, totals in zip(parts["balance"], (3, 0), sums.routing, strict=True):
+        counts_R, weights_R = (np.delete(np.asarray(x).sum(0), always) for x in (totals.counts_BR, totals.weights_BR))
+        tokens = float(totals.tokens_B.sum())
+        wanted = (R - 1) / (C - 1) * ((counts_R / tokens) * (weights_R / tokens)).sum()
+        np.testing.assert_allclose(ours, wanted, rtol=1e-12)
 
 
 def test_a_dense_model_has_no_router_losses():
