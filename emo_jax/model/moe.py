@@ -89,7 +89,7 @@ class MixtureOfExperts(nnx.Module):
 
         weights = [w[...] for w in (self.routed.gate, self.routed.up, self.routed.down)]
         implementation = implementation or best_implementation(routing.indices_BSC.size, len(weights[0]))
-        if implementation != "gathered":  # which converts only what it gathers
+        if implementation != "sliced":  # which converts no more than it reads
             weights = [w.astype(x_BSD.dtype) for w in weights]
         run = map_rows(experts, mesh, row_args=3)
         y_BSD = run(x_BSD, routing.indices_BSC, routing.weights_BSC, *weights)

@@ -10,7 +10,7 @@ from emo_jax.errors import require_choice
 from emo_jax.kernels.experts import dispatch as ops
 from emo_jax.kernels.experts.reference import reference
 
-IMPLEMENTATIONS = ("blocked", "ragged", "gathered", "reference")
+IMPLEMENTATIONS = ("blocked", "ragged", "sliced", "reference")
 
 BLOCK = 64
 """Rows a block on CPU: the fastest of 32, 64 and 128 (BUILD_NOTES.md)."""
@@ -24,7 +24,7 @@ def default_implementation(platform: str) -> str:
 def best_implementation(choices: int, experts: int) -> str:
     """The fastest on the default backend for T·C choices among R experts."""
     if choices <= experts:  # a few tokens being decoded: do not touch the weights of all experts
-        return "gathered"
+        return "sliced"
     return default_implementation(jax.default_backend())
 
 
@@ -44,10 +44,10 @@ def routed_experts(
       x_TD: tokens, in the dtype of the computation.
       indices_TC: int32 chosen experts; R for a token that reaches no expert, whose result is 0.
       weights_TC: float32 (or wider) weight of each choice.
-      gate_RDF, up_RDF, down_RFD: expert weights, in the dtype of `x_TD` (any dtype with `gathered`).
+      gate_RDF, up_RDF, down_RFD: expert weights, in the dtype of `x_TD` (any dtype with `sliced`).
       implementation: `blocked` (groups padded to blocks, each with a copy of its expert's weights),
-        `ragged` (`jax.lax.ragged_dot`), `gathered` (a copy of its expert's weights for every choice: reads those of the
-        chosen experts alone), `reference`; None: the best for the platform and the number of tokens.
+        `ragged` (`jax.lax.ragged_dot`), `sliced` (one choice after another, with a slice of the stacks: reads the
+        chosen experts alone, fit for a few tokens), `reference`; None: the best for the platform and so many tokens.
 
     Returns:
       [T, D] of `x_TD`'s dtype, differentiable in everything but the indices.
@@ -57,8 +57,8 @@ def routed_experts(
     """
     implementation = implementation or best_implementation(indices_TC.size, len(gate_RDF))
     require_choice("implementation", implementation, IMPLEMENTATIONS)
-    if implementation in ("reference", "gathered"):
-        compute = reference if implementation == "reference" else _gathered
+    if implementation in ("reference", "sliced"):
+        compute = reference if implementation == "reference" else _sliced
         return compute(x_TD, indices_TC, weights_TC, gate_RDF, up_RDF, down_RFD)
     y_MD, plan = _outputs(x_TD, indices_TC, gate_RDF, up_RDF, down_RFD, implementation)
     return ops.combine(y_MD, weights_TC, plan)
@@ -93,7 +93,7 @@ def _outputs(
     return ffn(ops.dispatch(x_TD, plan), plan, gate, up, down), plan
 
 
-def _gathered(
+def _sliced(
     x_TD: jax.Array,
     indices_TC: jax.Array,
     weights_TC: jax.Array,
@@ -101,13 +101,21 @@ def _gathered(
     up_RDF: jax.Array,
     down_RFD: jax.Array,
 ) -> jax.Array:
-    experts = len(gate_RDF)
+    experts, choices = len(gate_RDF), indices_TC.shape[1]
+
+    # One choice after another: a gather of all of them would be cut into gathers over copies of the stacks on TPU.
+    def output(choice: jax.Array) -> jax.Array:
+        expert = jnp.minimum(indices_TC.reshape(-1)[choice], experts - 1)
+        gate, up, down = (
+            jax.lax.dynamic_index_in_dim(w, expert, keepdims=False).astype(x_TD.dtype)
+            for w in (gate_RDF, up_RDF, down_RFD)
+        )
+        x_1D = x_TD[choice // choices][None]
+        return ((jax.nn.silu(x_1D @ gate) * (x_1D @ up)) @ down)[0]
+
+    y_TCD = jax.lax.map(output, jnp.arange(indices_TC.size)).reshape(*indices_TC.shape, -1)
     weights_TC = jnp.where(indices_TC < experts, weights_TC, 0)
-    index_TC = jnp.minimum(indices_TC, experts - 1)
-    gate, up, down = (w[index_TC].astype(x_TD.dtype) for w in (gate_RDF, up_RDF, down_RFD))  # [T, C, D, F] and so on
-    hidden_TCF = jax.nn.silu(jnp.einsum("td,tcdf->tcf", x_TD, gate)) * jnp.einsum("td,tcdf->tcf", x_TD, up)
-    y_TCD = jnp.einsum("tcf,tcfd->tcd", hidden_TCF, down).astype(weights_TC.dtype)
-    return (weights_TC[:, :, None] * y_TCD).sum(1).astype(x_TD.dtype)
+    return (weights_TC[:, :, None] * y_TCD.astype(weights_TC.dtype)).sum(1).astype(x_TD.dtype)
 
 
 def _ragged_ffn(x_MD: jax.Array, plan: ops.Plan, gate: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
