@@ -36,6 +36,7 @@ setup(
         "numpy>=2.2",
         "tokenizers>=0.22",
         "safetensors>=0.6",
+        "huggingface_hub>=0.34",  # emo_jax.convert --from=owner/model; tokenizers brings it along too
         "tensorboardX>=2.6.4",
         "plotly>=6.3",
         "zstandard>=0.23",

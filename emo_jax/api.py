@@ -4,6 +4,7 @@ Letters: B rows, S sequence, V vocabulary.
 """
 
 import copy
+import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
@@ -18,7 +19,7 @@ from tokenizers import Tokenizer
 from emo_jax.data import Example, encode, example_batches, load_tokenizer
 from emo_jax.errors import UserError, require
 from emo_jax.inference import Completion, Generator, Sampling, Speed, complete, pool_size
-from emo_jax.interop import read_config, read_parameters, read_routers
+from emo_jax.interop import write_folder
 from emo_jax.interop.huggingface import CONFIG_FILE, read_json
 from emo_jax.model import Kept, ModelConfig, bind
 from emo_jax.model.functional import Parameters
@@ -33,15 +34,21 @@ class Model:
       params: nested dict of arrays, such as `params["layers"]["00"]["moe"]["router"]`.
       tokenizer: path of its `tokenizer.json`; None where it came without one.
       end_of_text_id: the token that ends a document; −1 where none is known.
+      origin: Hugging Face folder, or what was kept of it, that the weights came from; None for none.
       subset: the experts it is confined to, see `apply_subset`; None: all.
     """
 
     def __init__(
-        self, config: ModelConfig, params: Parameters, tokenizer: Path | None = None, end_of_text_id: int = -1
+        self,
+        config: ModelConfig,
+        params: Parameters,
+        tokenizer: Path | None = None,
+        end_of_text_id: int = -1,
+        origin: Path | None = None,
     ):
         self.config = copy.deepcopy(config)
         self.params = jax.tree.map(jnp.asarray, params)  # to the device once, not at every call
-        self.tokenizer, self.end_of_text_id = tokenizer, end_of_text_id
+        self.tokenizer, self.end_of_text_id, self.origin = tokenizer, end_of_text_id, origin
         self.subset: Subset | None = None
         self._kept: list[Kept] | None = None
         self._forward = jax.jit(functools.partial(_logits, self.config))
@@ -193,7 +200,8 @@ class Model:
         Raises:
           UserError: as `apply_subset`.
         """
-        return Model(*cut(self.config, self.params, _read(subset)), self.tokenizer, self.end_of_text_id)
+        config, params = cut(self.config, self.params, _read(subset))
+        return Model(config, params, self.tokenizer, self.end_of_text_id, self.origin)
 
     def save(self, folder: str | Path) -> None:
         """Writes a folder that `load` reads and a run can start from (`train.init_from`).
@@ -208,6 +216,36 @@ class Model:
 
         run = Config(model=self.config, pool=PoolConfig(kind="none"), data=DataConfig(end_of_text=self.end_of_text))
         weights.save_model(Path(folder), run, self.params, self.tokenizer)
+
+    def to_huggingface(self, folder: str | Path, *, dtype: str = "") -> None:
+        """Writes a Hugging Face folder that the public loaders read; a cut model too.
+
+        A subset that is applied is not part of it. `python -m emo_jax.convert --to_hf` does it for a folder, one
+        parameter at a time.
+
+        Args:
+          folder: must not exist, or be empty.
+          dtype: of the tensors: float32, bfloat16 or float16; empty: as the parameters are.
+
+        Raises:
+          UserError: where the folder holds something, or no published family can hold the model.
+        """
+        require(
+            dtype in ("", "float32", "bfloat16", "float16"), f"dtype={dtype!r} must be float32, bfloat16 or float16."
+        )
+        dtype = dtype or str(self.params["embedding"].dtype)
+
+        def leaf(path: tuple[str, ...]) -> np.ndarray:
+            return np.asarray(functools.reduce(lambda node, key: node[key], path, self.params)).astype(dtype)
+
+        write_folder(
+            Path(folder),
+            dataclasses.replace(self.config, dtype=dtype),
+            leaf,
+            origin=self.origin,
+            tokenizer=self.tokenizer,
+            end_of_text_id=self.end_of_text_id,
+        )
 
     def __call__(self, tokens: ArrayLike, document_ids: ArrayLike | None = None) -> jax.Array:
         """Next-token logits [B, S, V], float32 (or wider), without a document pool; compiled once a shape.
@@ -238,13 +276,14 @@ class Model:
         return self._forward(self.params, tokens_BS, ids_BS, self._kept)
 
 
-def load(path: str | Path, subset: Subset | str | Path | None = None) -> Model:
-    """Reads a model from disk.
+def load(path: str | Path, subset: Subset | str | Path | None = None, *, dtype: str = "") -> Model:
+    """Reads a model from disk, its parameters in the precision they are stored in.
 
     Args:
       path: a Hugging Face folder (`config.json` with `model_type`, safetensors), or a run directory of
         `emo_jax.train` (its newest checkpoint).
       subset: of this model, or its file: the model is cut to it while it is read, and no other expert is.
+      dtype: precision to compute in, `float32` or `bfloat16`; empty: the model's own.
 
     Raises:
       UserError: the path is neither, or what is there cannot be read; the subset is another model's.
@@ -257,28 +296,32 @@ def load(path: str | Path, subset: Subset | str | Path | None = None) -> Model:
     require(path.is_dir(), f"{path} is not a folder; looked for {looked_for}.")
     require((path / CONFIG_FILE).is_file(), f"{path} has no {CONFIG_FILE}; looked for {looked_for}.")
     values = read_json(path / CONFIG_FILE)
-    subset = None if subset is None else _read(subset)
-    kept = subset.experts if subset is not None else None
-    tokenizer = path / "tokenizer.json" if (path / "tokenizer.json").is_file() else None
-    if "model_type" in values:
-        config = read_config(path)
-        if subset is not None:
-            subset.check(config, fingerprint(config, read_routers(path, config)))
-        end = values.get("eos_token_id")
-        params = read_parameters(path, config, kept)
-        config = config if subset is None else config.cut(subset.experts)
-        return Model(config, params, tokenizer, end if isinstance(end, int) else -1)
-    if "model" in values:
-        from emo_jax.training import weights  # here, because Orbax takes seconds to import
+    require(
+        "model_type" in values or "model" in values,
+        f"{path / CONFIG_FILE} has neither 'model_type' nor 'model'; looked for {looked_for}.",
+    )
+    from emo_jax.training import weights  # here, because Orbax takes seconds to import
 
-        if subset is not None:
-            subset.check(weights.saved_model(path), weights.saved_fingerprint(path))
-        run, params, _ = weights.load_parameters(path, kept=kept)
-        end = None
-        if tokenizer and run.data.end_of_text:
-            end = Tokenizer.from_file(str(tokenizer)).token_to_id(run.data.end_of_text)
-        return Model(run.model, params, tokenizer, -1 if end is None else end)
-    raise UserError(f"{path / CONFIG_FILE} has neither 'model_type' nor 'model'; looked for {looked_for}.")
+    config, tokenizer = weights.saved_model(path), path / "tokenizer.json"
+    kept = None
+    if subset is not None:
+        subset = _read(subset)
+        subset.check(config, weights.saved_fingerprint(path))
+        kept, config = subset.experts, config.cut(subset.experts)
+    params = weights.saved_parameters(path, kept=kept)
+    if dtype:
+        config = dataclasses.replace(config, dtype=dtype)
+        config.validate()
+    end = values.get("eos_token_id")  # of a Hugging Face folder
+    if "model" in values and tokenizer.is_file():
+        end = Tokenizer.from_file(str(tokenizer)).token_to_id(weights.end_of_text(path))
+    return Model(
+        config,
+        params,
+        tokenizer if tokenizer.is_file() else None,
+        end if isinstance(end, int) else -1,
+        weights.published_folder(path),
+    )
 
 
 def _read(subset: Subset | str | Path) -> Subset:

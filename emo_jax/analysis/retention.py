@@ -166,7 +166,7 @@ def _serving(models: dict[str, Tables]) -> str:
     pools = list(dict.fromkeys(row[0] for tables in models.values() for row in tables["pools"][1:]))
     prompted, cached, rows = [], [], [["model", "experts", "chosen by", "nats added"]]
     for (name, tables), colour in zip(models.items(), _COLOURS, strict=False):
-        for pool, dash in zip(pools, _DASHES, strict=False):
+        for pool, dash in zip(pools, _DASHES[1:], strict=False):
             own = [row for row in tables["pools"][1:] if row[0] == pool]
             lengths = [(int(row[1].split()[0]), row[2]) for row in own if row[1].endswith(" tokens")]
             if lengths:
@@ -206,7 +206,8 @@ def _serving(models: dict[str, Tables]) -> str:
         ),
     ]
     chips = [(name, name, colour) for name, colour in zip(models, _COLOURS, strict=False)]
-    sizes = "pools of " + ", ".join(f"{pool} ({dash})" for pool, dash in zip(pools, _DASHES, strict=False))
+    sizes = "all experts (solid), pools of "
+    sizes += ", ".join(f"{pool} ({dash})" for pool, dash in zip(pools, _DASHES[1:], strict=False))
     lead = "What the routed experts of a text are when it is served: pools frozen from its prompt, experts in a cache."
     return page.section("Serving", lead, cards, page.legend("model", chips, note=sizes))
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from emo_jax.config import Config, expert_lists
 from emo_jax.data.tokenizer import load_tokenizer
@@ -198,23 +197,20 @@ def initial_parameters(config: Config, shardings: Any) -> Any:
     mixtures = mixture_layers(params)
     key = jax.random.key(config.train.seed, impl="threefry2x32")
 
-    def extended(name: str, parameter: str, leaf: Any) -> jax.Array:
+    def extended(name: str, parameter: str, leaf: jax.Array) -> jax.Array:
         """A router or a stack of experts, with fresh ones behind."""
         layer_key = jax.random.fold_in(key, mixtures.index(name))
         own_key = jax.random.fold_in(layer_key, ("router", "gate", "up", "down").index(parameter))
-        leaf = jnp.asarray(leaf)
         fresh = _fresh_experts(parameter, leaf, config.train.new_experts, config.model.init_std, own_key)
         return jnp.concatenate([leaf, fresh.astype(leaf.dtype)], axis=1 if parameter == "router" else 0)
 
     def place(path: Any, abstract: jax.ShapeDtypeStruct, sharding: Any) -> jax.Array:
         names = [key.key for key in path]
         parent = functools.reduce(operator.getitem, names[:-1], params)
-        leaf = parent.pop(names[-1])  # one array at a time is there twice
+        leaf = parent.pop(names[-1]).astype(abstract.dtype)  # one array at a time is there twice
         if config.train.new_experts and ("routed" in names or "router" in names):
             leaf = extended(names[1], names[-1], leaf)
-        if isinstance(leaf, np.ndarray):
-            leaf = leaf.astype(abstract.dtype)
-        return jax.device_put(leaf, sharding).astype(abstract.dtype)
+        return jax.device_put(leaf, sharding)
 
     return jax.tree.map_with_path(place, abstract_parameters(config.model), shardings)
 

@@ -1,11 +1,21 @@
-"""The weights of a model on disk: of a run's newest checkpoint, all of them or some experts, or saved by themselves."""
+"""The weights of a model on disk: of a run's newest checkpoint, all of them or some experts, or saved by themselves.
 
+Orbax holds what it reads and writes at least twice, a whole model. So parameters are read and written here a leaf at a
+time, through tensorstore, the store below it, in the layout that Orbax reads.
+"""
+
+import contextlib
+import functools
+import json
+import operator
+import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
@@ -13,11 +23,133 @@ from tokenizers import Tokenizer
 
 from emo_jax.config import Config
 from emo_jax.errors import UserError, require
-from emo_jax.interop import read_config, read_parameters, read_routers
-from emo_jax.interop.huggingface import CONFIG_FILE, read_json
+from emo_jax.interop import read_config, read_leaves, read_routers
+from emo_jax.interop.huggingface import CONFIG_FILE, leaf_shapes, read_json
 from emo_jax.model import ModelConfig, abstract_parameters, mixture_layers
 from emo_jax.modularity import fingerprint
-from emo_jax.training.checkpoints import FORMAT_VERSION, check, checksums, chunks, digest, first_line, read_meta
+from emo_jax.training.checkpoints import (
+    FORMAT_VERSION,
+    DamagedError,
+    apart,
+    check,
+    checksums,
+    digest,
+    first_line,
+    read_meta,
+    saved_steps,
+)
+
+LeafPath = tuple[str, ...]
+"""Of a parameter, such as ("layers", "00", "moe", "router")."""
+
+SOURCE = "source"
+"""Folder in a saved model for what the Hugging Face folder it came from has beside parameters."""
+
+_CHUNK_BYTES = 2**23
+"""Of leaves that are not experts apart."""
+
+_BLOCK_BYTES = 2**25
+"""Read and written at a time: tensorstore holds it several times. 32 MiB are as fast as more."""
+
+_THREADS = tensorstore.Context({"file_io_concurrency": {"limit": 2}, "data_copy_concurrency": {"limit": 2}})
+"""Of tensorstore: the allocator keeps tens of megabytes for each thread that ever held chunks, so there are few."""
+
+_CACHE = {"cache_pool#tree": {"total_bytes_limit": 2**26}}
+"""Of where chunks lie, as Orbax has one too; chunks themselves are not kept."""
+
+
+class Stored:
+    """The parameters in a run's newest checkpoint, read a leaf at a time.
+
+    Attributes:
+      config: of the run.
+      step: of the checkpoint.
+      meta: what is kept beside its arrays.
+    """
+
+    def __init__(self, run_dir: Path):
+        """Opens it and reads no array.
+
+        Raises:
+          UserError: where the folder is no run or has no checkpoint, or it is of another format, or damaged.
+        """
+        self._run_dir = Path(run_dir).absolute()
+        require((self._run_dir / CONFIG_FILE).exists(), f"{run_dir} has no {CONFIG_FILE}: it is not a run directory.")
+        self.config = Config.from_json((self._run_dir / CONFIG_FILE).read_text())
+        steps = saved_steps(self._run_dir)
+        require(bool(steps), f"{run_dir} has no checkpoint yet; let the run reach train.checkpoint_every steps.")
+        self.step = steps[-1]
+        self._checkpoint = self._run_dir / "checkpoints" / str(self.step)
+        with self.damage_in_words():
+            self.meta = read_meta(self._checkpoint)
+            version = self.meta["format_version"]
+            require(
+                version == FORMAT_VERSION,
+                f"{run_dir} has checkpoint format {version}, this version reads {FORMAT_VERSION}.",
+            )
+        self._shapes = leaf_shapes(self.config.model)
+        self._mixtures = mixture_layers(abstract_parameters(self.config.model))
+        self._context = tensorstore.Context(_CACHE, _THREADS)
+
+    def abstract_leaves(self, kept: Sequence[Sequence[int]] | None = None) -> dict[LeafPath, jax.ShapeDtypeStruct]:
+        """Shape and dtype of what `read` returns, by path, the largest first; reads no array.
+
+        Raises:
+          UserError: as `read`.
+        """
+        config = self.config.model if kept is None else self.config.model.cut(kept)
+        with self.damage_in_words():
+            dtypes = {path: self._open(path).dtype.numpy_dtype for path in self._shapes}
+        leaves = {path: jax.ShapeDtypeStruct(shape, dtypes[path]) for path, shape in leaf_shapes(config).items()}
+        return dict(sorted(leaves.items(), key=lambda item: -item[1].size * item[1].dtype.itemsize))
+
+    def read(self, path: LeafPath, kept: Sequence[Sequence[int]] | None = None) -> np.ndarray:
+        """One parameter as it is stored, checked.
+
+        Args:
+          path: of it.
+          kept: routed experts of each mixture layer; no other is read. None: all.
+
+        Raises:
+          UserError: where it is damaged.
+        """
+        with self.damage_in_words():
+            store, experts = self._open(path), self._kept(path, kept)
+            name = "/".join(("params", *path))
+            if experts is not None and "routed" in path:
+                leaf = _read_rows(store, experts)
+                check(_nested(name, leaf), self.meta["checksums"], {name: experts})
+                return leaf
+            leaf = _read_rows(store, np.arange(store.shape[0]))
+            check(_nested(name, leaf), self.meta["checksums"])
+            return leaf if experts is None else leaf[:, experts]  # a router is checked as a whole
+
+    def _open(self, path: LeafPath) -> tensorstore.TensorStore:
+        spec = _spec(self._checkpoint / "state", path) | {"fill_missing_data_reads": False}
+        store = tensorstore.open(spec, context=self._context, read=True).result()
+        if store.shape != self._shapes[path]:
+            raise DamagedError(f"{'/'.join(path)} has the shape {store.shape}, not {self._shapes[path]}")
+        return store
+
+    def _kept(self, path: LeafPath, kept: Sequence[Sequence[int]] | None) -> np.ndarray | None:
+        """The experts that are kept of a stack or a router; None: all of it."""
+        if kept is None or not {"routed", "router"} & set(path):
+            return None
+        return np.array(kept[self._mixtures.index(path[1])])
+
+    @contextlib.contextmanager
+    def damage_in_words(self) -> Iterator[None]:
+        """Makes a `UserError` of whatever goes wrong with the checkpoint's files."""
+        try:
+            yield
+        except (UserError, MemoryError):
+            raise
+        except Exception as error:  # whatever a library says of a broken file
+            remedy = "Continue the run, which moves it aside for the one before" if self.step else "Make it again"
+            raise UserError(
+                f"The checkpoint of step {self.step} in {self._run_dir} is damaged ({first_line(error)}). {remedy}, or "
+                "restore the folder from a copy."
+            ) from None
 
 
 def load_parameters(
@@ -29,18 +161,19 @@ def load_parameters(
       run_dir: of the run.
       shardings: where each parameter goes; None: the default device.
       kept: routed experts of each mixture layer; no other is read, and the config returned is that of the model cut to
-        them. Stacks of experts are NumPy arrays then. None: all.
+        them. None: all.
+
+    Returns:
+      Parameters as JAX arrays in the precision they are stored in: float32 for a run's.
 
     Raises:
       UserError: where the folder is no run or has no checkpoint, or it is damaged.
     """
-    config, step = _newest(Path(run_dir))
-    abstract = abstract_parameters(config.model)
-    if kept is None:
-        return config, _read(Path(run_dir), step, abstract, shardings, None), step
-    params = _read(Path(run_dir), step, abstract, shardings, dict(zip(mixture_layers(abstract), kept, strict=True)))
-    config.model = config.model.cut(kept)
-    return config, params, step
+    stored = Stored(run_dir)
+    params = _placed(((path, stored.read(path, kept)) for path in stored.abstract_leaves(kept)), shardings)
+    if kept is not None:
+        stored.config.model = stored.config.model.cut(kept)
+    return stored.config, params, stored.step
 
 
 def load_routers(run_dir: Path) -> dict[str, Any]:
@@ -49,10 +182,9 @@ def load_routers(run_dir: Path) -> dict[str, Any]:
     Raises:
       UserError: as `load_parameters`.
     """
-    config, step = _newest(Path(run_dir))
-    layers = abstract_parameters(config.model)["layers"]
-    routers = {name: {"moe": {"router": layer["moe"]["router"]}} for name, layer in layers.items() if "moe" in layer}
-    return _read(Path(run_dir), step, {"layers": routers}, None, None)
+    stored = Stored(run_dir)
+    routers = _placed(((path, stored.read(path)) for path in stored.abstract_leaves() if path[-1] == "router"), None)
+    return {"layers": routers.get("layers", {})}
 
 
 def saved_model(folder: Path) -> ModelConfig:
@@ -69,9 +201,13 @@ def saved_model(folder: Path) -> ModelConfig:
 def saved_parameters(
     folder: Path, shardings: Any = None, kept: Sequence[Sequence[int]] | None = None
 ) -> dict[str, Any]:
-    """The weights in a run directory or a Hugging Face folder; see `load_parameters` and `read_parameters`."""
+    """The weights in a run directory or a Hugging Face folder, as `load_parameters` returns them.
+
+    Raises:
+      UserError: where what is there cannot be read.
+    """
     if "model_type" in read_json(folder / CONFIG_FILE):
-        return read_parameters(folder, read_config(folder), kept)
+        return _placed(read_leaves(folder, read_config(folder), kept), shardings)
     return load_parameters(folder, shardings, kept)[1]
 
 
@@ -97,6 +233,23 @@ def end_of_text(folder: Path) -> str:
     return (Tokenizer.from_file(str(file)).id_to_token(end) or "") if isinstance(end, int) else ""
 
 
+def published_folder(folder: Path) -> Path | None:
+    """A Hugging Face folder itself, or what a run or saved model kept of the one its weights came from; None for none.
+
+    A run that started from other weights (`train.init_from`) has what they had.
+    """
+    while (folder / CONFIG_FILE).is_file():
+        if "model_type" in read_json(folder / CONFIG_FILE):
+            return folder
+        if (folder / SOURCE / CONFIG_FILE).is_file():
+            return folder / SOURCE
+        origin = Config.from_json((folder / CONFIG_FILE).read_text()).train.init_from
+        if not origin:
+            return None
+        folder = Path(origin)
+    return None
+
+
 def save_model(folder: Path, config: Config, params: Any, tokenizer: Path | None) -> None:
     """Writes a folder that `load` reads and `train.init_from` starts from: a run directory without a run.
 
@@ -109,104 +262,208 @@ def save_model(folder: Path, config: Config, params: Any, tokenizer: Path | None
     Raises:
       UserError: where the folder holds something.
     """
-    folder = Path(folder).absolute()
+    saving = Saving(folder)
+    for keys, leaf in jax.tree.leaves_with_path(params):
+        saving.add(_path(keys), np.asarray(leaf))
+    saving.finish(config, tokenizer)
+
+
+class Saving:
+    """A model on its way to disk, a leaf at a time.
+
+    All is written into a hidden folder beside the one asked for, and renamed at the end. A journal there lists the
+    leaves that are complete, with their checksums, so that the same work goes on after it was interrupted; of a leaf
+    that was being written its bytes remain in the store, unused.
+
+    Attributes:
+      making: the hidden folder; what else is put there becomes part of the model's folder.
+      done: paths of the leaves that are complete.
+    """
+
+    def __init__(self, folder: Path, origin: dict[str, Any] | None = None):
+        """Takes up what an interrupted one of the same origin left, or starts anew.
+
+        Args:
+          folder: must not exist, or be empty.
+          origin: JSON that tells what is being saved from anything else; None: always start anew.
+
+        Raises:
+          UserError: where the folder holds something.
+        """
+        self._folder = Path(folder).absolute()
+        require_new(self._folder)
+        self.making = hidden(self._folder)
+        self._journal = self.making / "journal.jsonl"
+        header = json.loads(json.dumps({"origin": origin, "format_version": FORMAT_VERSION}))
+        lines = _json_lines(self._journal) if origin is not None else []
+        if lines[:1] != [header]:
+            shutil.rmtree(self.making, ignore_errors=True)
+            self.making.mkdir(parents=True)
+            lines = [header]
+        whole = self._journal.with_suffix(".tmp")
+        whole.write_text("".join(json.dumps(line) + "\n" for line in lines))  # without a line that is torn
+        whole.replace(self._journal)
+        self._checksums = {line["leaf"]: line["checksum"] for line in lines[1:]}
+        self._context = tensorstore.Context(_CACHE, _THREADS)
+
+    @property
+    def done(self) -> set[LeafPath]:
+        """Paths of the leaves that are complete."""
+        return {tuple(name.split("/")[1:]) for name in self._checksums}
+
+    def add(self, path: LeafPath, leaf: np.ndarray) -> None:
+        """Writes a leaf; it is complete when this returns."""
+        keys = tuple(jax.tree_util.DictKey(key) for key in path)
+        row_bytes = max(leaf.nbytes // len(leaf), 1)
+        rows = 1 if apart(keys, leaf) else min(max(_CHUNK_BYTES // row_bytes, 1), len(leaf))
+        spec = _spec(self.making / "checkpoints" / "0" / "state", path) | {
+            "metadata": {"chunks": [rows, *leaf.shape[1:]], "compressor": {"id": "zstd", "level": 1}},  # as Orbax's
+            "store_data_equal_to_fill_value": True,  # so that a chunk that is not there is a lost one
+        }
+        store = tensorstore.open(
+            spec,
+            dtype=tensorstore.dtype(leaf.dtype),
+            shape=leaf.shape,
+            context=self._context,
+            create=True,
+            delete_existing=True,
+        ).result()
+        for block in _blocks(len(leaf), rows, row_bytes):
+            store[block].write(leaf[block]).result()
+        name = "/".join(("params", *path))
+        checksum = checksums(_nested(name, leaf))[name]
+        with self._journal.open("a") as file:
+            file.write(json.dumps({"leaf": name, "checksum": checksum}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self._checksums[name] = checksum
+
+    def finish(self, config: Config, tokenizer: Path | None, **meta: Any) -> None:
+        """Writes what is not arrays, and gives the folder its name.
+
+        Args:
+          config: of the run that the weights come from, or a default one around the model's config.
+          tokenizer: its file; None for none.
+          meta: JSON that is kept beside the arrays, see `Stored.meta`.
+        """
+        meta = {"format_version": FORMAT_VERSION, "checksums": self._checksums} | meta
+        self._write_frame(meta)
+        if tokenizer is not None:
+            shutil.copy2(tokenizer, self.making / "tokenizer.json")
+        (self.making / CONFIG_FILE).write_text(config.to_json())
+        self._journal.unlink()
+        if self._folder.exists():
+            self._folder.rmdir()
+        self.making.rename(self._folder)
+
+    def _write_frame(self, meta: dict[str, Any]) -> None:
+        """The files of a checkpoint beside its arrays.
+
+        Orbax writes them itself, for a tree of the same names with an empty stand-in for each array: they are right
+        for whatever version of it is installed. Only what it says of the stand-ins' shapes, which older versions did
+        not say either, is left out: readers take shapes from the arrays.
+        """
+        tree: dict[str, Any] = {}
+        for name in self._checksums:
+            _put(tree, tuple(name.split("/")), jnp.zeros(1))
+        frame = self.making / "frame"
+        shutil.rmtree(frame, ignore_errors=True)
+        with ocp.CheckpointManager(frame) as manager:
+            items = ocp.args.Composite(
+                state=ocp.args.StandardSave(tree),
+                meta=ocp.args.JsonSave({"content": meta, "sha256": digest(meta)}),
+            )
+            manager.save(0, args=items)
+        state = frame / "0" / "state"
+        names = json.loads((state / "_METADATA").read_text())
+        for entry in names["tree_metadata"].values():
+            entry["value_metadata"].pop("write_shape", None)
+        (state / "_METADATA").write_text(json.dumps(names))
+        for path in state.iterdir():
+            if path.name not in ("_METADATA", "_sharding"):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        shutil.copytree(frame / "0", self.making / "checkpoints" / "0", dirs_exist_ok=True)
+        shutil.rmtree(frame)
+
+
+def hidden(folder: Path) -> Path:
+    """Where a folder is made, beside its place, until it is complete."""
+    return folder.with_name(f".{folder.name}.saving")
+
+
+def require_new(folder: Path) -> None:
+    """Raises `UserError` where a folder that is to be made holds something."""
     require(
         not folder.exists() or (folder.is_dir() and not any(folder.iterdir())),
         f"{folder} exists already; give another folder, or delete it.",
     )
-    making = folder.with_name(f".{folder.name}.saving")
-    shutil.rmtree(making, ignore_errors=True)
-    making.mkdir(parents=True)
-    meta = {"format_version": FORMAT_VERSION, "checksums": checksums({"params": params})}
-    tree = {"params": params}
-    with ocp.CheckpointManager(making / "checkpoints") as manager:
-        items = ocp.args.Composite(
-            state=ocp.args.StandardSave(tree, save_args=jax.tree.map_with_path(chunks, tree)),
-            meta=ocp.args.JsonSave({"content": meta, "sha256": digest(meta)}),
-        )
-        manager.save(0, args=items)
-    if tokenizer is not None:
-        shutil.copy2(tokenizer, making / "tokenizer.json")
-    (making / "config.json").write_text(config.to_json())
-    if folder.exists():
-        folder.rmdir()
-    making.rename(folder)
 
 
-def _newest(run_dir: Path) -> tuple[Config, int]:
-    require((run_dir / "config.json").exists(), f"{run_dir} has no config.json: it is not a run directory.")
-    config = Config.from_json((run_dir / "config.json").read_text())
-    with ocp.CheckpointManager(run_dir.absolute() / "checkpoints") as manager:
-        step = manager.latest_step()
-    if step is None:
-        raise UserError(f"{run_dir} has no checkpoint yet; let the run reach train.checkpoint_every steps.")
-    return config, step
-
-
-def _read(
-    run_dir: Path, step: int, abstract: Any, shardings: Any, kept: dict[str, Sequence[int]] | None
-) -> dict[str, Any]:
-    """Parameters as in `abstract`, checked; with `kept`, by layer, only those experts of the stacks."""
-    checkpoints = run_dir.absolute() / "checkpoints"
-    stacks: dict[str, Any] = {}
-    if kept is not None:
-        layers = dict(abstract["layers"])
-        for name in kept:
-            moe = dict(layers[name]["moe"])
-            stacks[name] = moe.pop("routed")
-            layers[name] = layers[name] | {"moe": moe}
-        abstract = abstract | {"layers": layers}
+def _placed(leaves: Iterable[tuple[LeafPath, np.ndarray]], shardings: Any) -> dict[str, Any]:
+    """A nested dict of leaves, each put where it goes before the next is read."""
     default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-
-    def place(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        sharding = shardings
-        for key in path if shardings is not None else ():
-            sharding = sharding[key.key]
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=default if sharding is None else sharding)
-
-    item = {"params": jax.tree.map_with_path(place, abstract)}
-    args = ocp.args.PyTreeRestore(
-        item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
-    )
-    try:
-        with ocp.CheckpointManager(checkpoints) as manager:
-            meta = read_meta(manager, step)
-        version = meta["format_version"]
-        require(
-            version == FORMAT_VERSION,
-            f"{run_dir} has checkpoint format {version}, this version reads {FORMAT_VERSION}.",
-        )
-        # A fresh manager: one that has restored an item with one handler refuses another.
-        with ocp.CheckpointManager(checkpoints) as manager:
-            params = manager.restore(step, args=ocp.args.Composite(state=args)).state["params"]
-        check({"params": params}, meta["checksums"])
-        for name, experts in (kept or {}).items():
-            read = {key: _read_experts(checkpoints / str(step), name, key, experts) for key in stacks[name]}
-            moe = params["layers"][name]["moe"]
-            moe |= {"routed": read, "router": moe["router"].take(np.array(experts), axis=1)}
-            tree = {"params": {"layers": {name: {"moe": {"routed": read}}}}}
-            places = {f"params/layers/{name}/moe/routed/{key}": np.array(experts) for key in read}
-            check(tree, meta["checksums"], places)
-    except UserError:
-        raise
-    except Exception as error:  # whatever a library says of a broken file
-        raise UserError(
-            f"The checkpoint of step {step} in {run_dir} is damaged ({first_line(error)}). Continue the run, which "
-            "moves it aside for the one before, or restore the folder from a copy."
-        ) from None
+    params: dict[str, Any] = {}
+    for path, leaf in leaves:
+        sharding = default if shardings is None else functools.reduce(operator.getitem, path, shardings)
+        placed = jax.make_array_from_callback(leaf.shape, sharding, leaf.__getitem__)
+        _put(params, path, placed.block_until_ready())
+        del leaf, placed
     return params
 
 
-def _read_experts(checkpoint: Path, layer: str, key: str, experts: Sequence[int]) -> np.ndarray:
-    """Some experts of a stack; Orbax itself reads whole arrays, the store below it reads what is asked for."""
-    store = tensorstore.open(
-        {
-            "driver": "zarr",
-            "kvstore": {
-                "driver": "ocdbt",
-                "base": {"driver": "file", "path": f"{checkpoint / 'state'}/"},
-                "path": f"params.layers.{layer}.moe.routed.{key}/",
-            },
-        }
-    ).result()
-    return store[np.array(experts)].read().result()
+def _spec(state: Path, path: LeafPath) -> dict[str, Any]:
+    """Where the store has a parameter of a checkpoint."""
+    base = {"driver": "file", "path": f"{state}/"}
+    return {
+        "driver": "zarr",
+        "kvstore": {
+            "driver": "ocdbt",
+            "base": base,
+            "path": f"{'.'.join(('params', *path))}/",
+            "cache_pool": "cache_pool#tree",
+        },
+    }
+
+
+def _read_rows(store: tensorstore.TensorStore, rows: np.ndarray) -> np.ndarray:
+    """Some rows of an array."""
+    leaf = np.empty((len(rows), *store.shape[1:]), store.dtype.numpy_dtype)
+    chunk = (store.chunk_layout.read_chunk.shape or (1,))[0] or 1
+    for block in _blocks(len(rows), chunk, leaf.nbytes // len(rows)):
+        leaf[block] = store[rows[block]].read().result()
+    return leaf
+
+
+def _blocks(length: int, chunk: int, row_bytes: int) -> Iterator[slice]:
+    """Rows in blocks of whole chunks."""
+    rows = chunk * max(_BLOCK_BYTES // max(chunk * row_bytes, 1), 1)
+    return (slice(start, min(start + rows, length)) for start in range(0, length, rows))
+
+
+def _path(keys: tuple) -> LeafPath:
+    return tuple(key.key for key in keys)
+
+
+def _nested(name: str, leaf: np.ndarray) -> Any:
+    tree: dict[str, Any] = {}
+    _put(tree, tuple(name.split("/")), leaf)
+    return tree
+
+
+def _put(tree: dict[str, Any], path: LeafPath, leaf: Any) -> None:
+    for key in path[:-1]:
+        tree = tree.setdefault(key, {})
+    tree[path[-1]] = leaf
+
+
+def _json_lines(file: Path) -> list[Any]:
+    """The values in a file of JSON lines, up to the first that is torn."""
+    values: list[Any] = []
+    for line in file.read_text().splitlines(keepends=True) if file.is_file() else ():
+        try:
+            values.append(json.loads(line))
+        except ValueError:
+            break
+        if not line.endswith("\n"):
+            values.pop()
+    return values

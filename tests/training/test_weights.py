@@ -6,17 +6,22 @@ import shutil
 from pathlib import Path
 
 import jax
+import ml_dtypes
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import tensorstore
 from safetensors.numpy import load_file, save_file
 
 import emo_jax
+from emo_jax.config import Config, PoolConfig
 from emo_jax.errors import UserError
 from emo_jax.interop import to_public_names
 from emo_jax.model import ModelConfig, abstract_parameters
 from emo_jax.modularity import Subset
-from emo_jax.training.weights import load_parameters
+from emo_jax.training.checkpoints import checksums
+from emo_jax.training.weights import Saving, Stored, load_parameters, save_model, saved_parameters
+from tests.training import tiny
 
 MODEL = ModelConfig(
     vocab_size=13,
@@ -63,6 +68,83 @@ def test_a_saved_model_is_read_back_and_never_written_over(model, saved):
     equal(again.params, model.params)
     with pytest.raises(UserError, match="exists already"):
         model.save(saved)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_orbax_itself_restores_a_saved_model(model, tmp_path, dtype):
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype), model.params)
+    save_model(tmp_path / "model", Config(model=MODEL, pool=PoolConfig(kind="none")), params, None)
+    with ocp.CheckpointManager(tmp_path / "model" / "checkpoints") as manager:
+        assert manager.latest_step() == 0
+        found = manager.restore(0, args=ocp.args.Composite(state=ocp.args.StandardRestore()))["state"]
+    equal(found["params"], params)
+    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), params)
+    with ocp.CheckpointManager(tmp_path / "model" / "checkpoints") as manager:
+        args = ocp.args.StandardRestore({"params": abstract})
+        found = manager.restore(0, args=ocp.args.Composite(state=args))["state"]
+    equal(found["params"], params)
+    metadata = ocp.PyTreeCheckpointer().metadata(tmp_path / "model" / "checkpoints" / "0" / "state").item_metadata
+    shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), metadata.tree["params"])
+    assert shapes == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), params)
+    read = load_parameters(tmp_path / "model")[1]
+    assert {leaf.dtype for leaf in jax.tree.leaves(read)} == {np.dtype(dtype)}  # as it is stored
+    equal(read, params)
+
+
+@pytest.mark.parametrize("kept", [None, KEPT])
+def test_parameters_are_put_where_they_go(model, saved, kept):
+    config = tiny.config(mesh={"data": 1, "fsdp": 4})
+    mesh = tiny.devices_mesh(config, 4)
+    spec = jax.sharding.PartitionSpec
+    shardings = jax.tree.map(
+        lambda leaf: jax.sharding.NamedSharding(mesh, spec(*("fsdp" if n % 64 == 0 else None for n in leaf.shape[:1]))),
+        abstract_parameters(MODEL),
+    )
+    params = saved_parameters(saved, shardings, kept)
+    for (path, leaf), sharding in zip(jax.tree.leaves_with_path(params), jax.tree.leaves(shardings), strict=True):
+        assert leaf.sharding == sharding, path
+    equal(params, model.params if kept is None else model.cut(Subset(KEPT, model.fingerprint)).params)
+
+
+def test_a_leaf_is_read_in_blocks_of_chunks(tmp_path, monkeypatch):
+    monkeypatch.setattr("emo_jax.training.weights._CHUNK_BYTES", 2**12)
+    monkeypatch.setattr("emo_jax.training.weights._BLOCK_BYTES", 2**14)
+    config = ModelConfig(vocab_size=1001, d_model=16, num_layers=1, num_heads=2, num_experts=0, d_dense=8)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(leaf.dtype), abstract_parameters(config))
+    save_model(tmp_path / "model", Config(model=config, pool=PoolConfig(kind="none")), params, None)
+    equal(load_parameters(tmp_path / "model")[1], params)
+    assert next(iter(Stored(tmp_path / "model").abstract_leaves())) in (("embedding",), ("head",))  # the largest first
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, ml_dtypes.bfloat16, np.int8])
+@pytest.mark.parametrize("shape", [(), (7,), (2**18 + 1,), (3, 300, 1000), (5, 3, 4), (700, 1001)])
+def test_checksums_in_host_memory_are_those_of_devices(shape, dtype):
+    content = np.random.default_rng(0).bytes(int(np.prod(shape)) * np.dtype(dtype).itemsize)
+    tree = {"routed": np.frombuffer(content, dtype).reshape(shape)}
+    part = {"routed": np.array([9, 2, 10**9, 7, 4])[: shape[0]]} if len(shape) == 3 else None
+    with jax.enable_x64():
+        for experts in (None, part):
+            assert checksums(tree, experts) == checksums(jax.tree.map(jax.numpy.asarray, tree), experts)
+
+
+def test_what_was_interrupted_goes_on_with_the_leaves_that_are_missing(tmp_path):
+    def saving(origin):
+        return Saving(tmp_path / "model", origin)
+
+    leaf = np.arange(6, dtype=np.float32).reshape(2, 3)
+    first = saving({"from": "a"})
+    first.add(("a",), leaf)
+    first.add(("b", "c"), leaf)
+    with (first.making / "journal.jsonl").open("a") as journal:
+        journal.write('{"leaf": "params/d", "check')  # the machine stopped here
+    assert saving({"from": "a"}).done == {("a",), ("b", "c")}
+    assert saving({"from": "a"}).done == {("a",), ("b", "c")}  # and the torn line is gone
+    assert not saving({"from": "b"}).done
+    again = saving({"from": "a"})
+    assert not again.done
+    again.add(("a",), leaf)
+    assert not saving(None).done  # what has no origin always starts anew
 
 
 def test_a_subset_read_from_disk_is_the_cut_model_and_other_experts_are_not_read(model, saved, subset):
