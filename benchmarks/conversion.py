@@ -2,7 +2,8 @@
 
 Writes a Hugging Face folder with the geometry of the released model (128 experts of which 1 is shared, D 2048, F 1024,
 V 100352; random bfloat16) and a few layers, then imports it, loads 16 experts a layer of what came of it and of the
-folder itself, and exports the model cut to them. Each in a process of its own, started as the programs start theirs.
+folder itself, exports the model cut to them, and lets both models write a few tokens. Each in a process of its own,
+started as the programs start theirs.
 Memory is the peak resident size of that process (VmHWM) less its resident size when all was imported (VmRSS).
 """
 
@@ -135,11 +136,32 @@ def exported(folder: Path) -> Callable[[], int]:
     return run
 
 
+def written(cut: bool) -> Callable[[Path], Callable[[], int]]:
+    """Loads the model, or its subset, and lets it write; tells the bytes of its parameters."""
+
+    def prepare(folder: Path) -> Callable[[], int]:
+        import jax
+
+        import emo_jax
+        from emo_jax.training import weights  # noqa: F401  (what load imports)
+
+        def run() -> int:
+            model = emo_jax.load(folder / "model", folder / "subset.json" if cut else None)
+            model.generate([[1, 2, 3]], max_new_tokens=8)
+            return sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
+
+        return run
+
+    return prepare
+
+
 STEPS = {
     "import": (imported, lambda size: 2 * size + GIB, "2 × largest leaf of a layer + 1 GiB"),
     "load 16 experts, saved model": (loaded("model"), lambda size: 1.3 * size, "1.3 × the subset"),
     "load 16 experts, Hugging Face": (loaded("public"), lambda size: 1.3 * size, "1.3 × the subset"),
     "export of the cut model": (exported, lambda size: 2 * size + 2 * GIB, "2 × largest leaf + twice 1 GiB of shard"),
+    "write with all experts": (written(False), lambda size: 2.5 * size, "2.5 × the model"),
+    "write with 16 experts": (written(True), lambda size: 2.5 * size, "2.5 × the subset"),
 }
 """What is measured, and the most memory that it may take."""
 

@@ -1,12 +1,14 @@
 """Tokens a second of greedy text: `python benchmarks/generation.py [--peer_python=PYTHON]`.
 
 Prompts of 64 tokens, 64 new ones, random float32 weights, the cache's shapes compiled before. Beside it every token
-computed anew from the whole row (no cache), decoding with the implementation that training uses (`blocked`), and
-transformers' OlmoeForCausalLM with its cache, where PYTHON has torch and transformers. Peers take turns.
+computed anew from the whole row (no cache, at the small geometry alone), decoding with the implementation that training
+uses (`blocked`), and transformers' OlmoeForCausalLM with its cache, where PYTHON has torch and transformers. Peers take
+turns.
 """
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -14,11 +16,12 @@ import time
 
 import numpy as np
 
+HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 GEOMETRIES = {
     "emo_tiny": {"vocab_size": 4096, "d_model": 64, "num_layers": 3, "num_heads": 2, "d_expert": 32, "top_k": 4},
     "width 1024": {"vocab_size": 8192, "d_model": 1024, "num_layers": 2, "num_heads": 8, "d_expert": 512, "top_k": 8},
 }
-PROMPT, NEW, ROUNDS = 64, 64, 5
+PROMPT, NEW, ROUNDS = 64, 64, 3
 
 
 def ours(geometry: str, experts: int, rows: int, variant: str):
@@ -110,6 +113,7 @@ def main() -> None:
     """Prints a line a case, every peer's tokens a second in it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--peer_python", help="a Python with torch and transformers")
+    parser.add_argument("--geometry", choices=GEOMETRIES, help="only this one")
     parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
@@ -120,7 +124,7 @@ def main() -> None:
     variants = {"ours": sys.executable, "blocked": sys.executable, "no cache": sys.executable}
     if args.peer_python:
         variants["OlmoeForCausalLM"] = args.peer_python
-    for geometry in GEOMETRIES:
+    for geometry in [args.geometry] if args.geometry else GEOMETRIES:
         for experts in (16, 128):
             for rows in (1, 8):
                 print(f"{geometry}, {experts:>3} experts, {rows} rows: ", end="", flush=True)
@@ -131,8 +135,10 @@ def main() -> None:
                         stdin=subprocess.PIPE,
                         stdout=subprocess.PIPE,
                         text=True,
+                        env=os.environ | HUGE_PAGES,  # as the programs start
                     )
                     for name, python in variants.items()
+                    if name != "no cache" or geometry == "emo_tiny"
                 }
                 for process in processes.values():
                     process.stdout.readline()

@@ -185,10 +185,10 @@ def _published(
 
 
 def copy_small_files(origin: Path, folder: Path) -> None:
-    """Copies what a Hugging Face folder holds beside weights and `config.json`: tokenizer, settings, model code."""
+    """Copies what a Hugging Face folder holds beside weights, `config.json` and the model card (of another model)."""
     for path in sorted(origin.iterdir()):
-        weights = path.name.endswith(_WEIGHTS) or path.name.startswith(".")
-        if path.is_file() and path.name != CONFIG_FILE and not weights and path.stat().st_size <= _SMALL_BYTES:
+        left = path.name.endswith(_WEIGHTS) or path.name.startswith(".") or path.name in (CONFIG_FILE, "README.md")
+        if path.is_file() and not left and path.stat().st_size <= _SMALL_BYTES:
             shutil.copyfile(path, folder / path.name)
 
 

@@ -159,10 +159,10 @@ def test_golden_models_come_back_and_compute_what_they_did(tmp_path, name):
     assert_bits(load_file(tmp_path / "again" / "model.safetensors"), load_file(GOLDEN / name / "model.safetensors"))
     config = read_config(GOLDEN / name)
     assert load_parameters(tmp_path / "model")[0].model == config
-    if name == "emo_pruned":  # compiling takes seconds; the others have the parameters that test_golden computes with
-        expected = load_file(GOLDEN / name / "expected.safetensors")
-        logits_BSV = emo_jax.load(tmp_path / "model")(expected["input_ids"])
-        np.testing.assert_allclose(logits_BSV, expected["logits"], rtol=0, atol=3e-5)
+    expected, model = load_file(GOLDEN / name / "expected.safetensors"), emo_jax.load(tmp_path / "model")
+    np.testing.assert_allclose(model(expected["input_ids"]), expected["logits"], rtol=0, atol=3e-5)
+    written = model.generate(expected["generated"][:, :8].tolist(), max_new_tokens=12)
+    np.testing.assert_array_equal([completion.tokens for completion in written], expected["generated"][:, 8:])
     assert_bits(by_name(load_parameters(tmp_path / "model")[1]), by_name(read_parameters(GOLDEN / name, config)))
 
 
