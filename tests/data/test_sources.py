@@ -182,6 +182,7 @@ def test_a_file_that_vanishes_while_reading_is_named(tmp_path, source, suffix):
         list(documents)
 
 
+@pytest.mark.slow
 def test_a_document_of_50_megabytes_beside_an_empty_one_trains_in_pieces(tmp_path):
     lines = [json.dumps({"text": "one more line of a long book\n" * 1_750_000}), json.dumps({"text": ""})]
     (tmp_path / "books.jsonl").write_text("\n".join([*lines, json.dumps({"text": "a short one"})]))

@@ -128,8 +128,8 @@ def test_two_shared_experts_in_bfloat16_survive_the_scale_of_their_output(tmp_pa
 def test_small_files_of_the_origin_come_along_and_its_unknown_fields_stay(tmp_path):
     origin = tmp_path / "origin"
     whole, _, _ = published(origin, {"auto_map": {"AutoConfig": "configuration_emo.EmoConfig"}, "bos_token_id": 7})
-    texts = ("configuration_emo.py", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "README.md")
-    for name in (*texts, "pytorch_model.bin", "model.safetensors.index.json", ".hidden"):
+    texts = ("configuration_emo.py", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+    for name in (*texts, "README.md", "pytorch_model.bin", "model.safetensors.index.json", ".hidden"):
         (origin / name).write_text(name)
     (origin / "folder").mkdir()
     kept = [(0, 1), (2, 3)]

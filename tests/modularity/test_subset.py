@@ -39,7 +39,7 @@ def subsets(draw):
     return Subset(tuple(layers), IDENTITY, "drawn", "data")
 
 
-@settings(deadline=None, max_examples=12)
+@settings(deadline=None, max_examples=4)
 @given(subsets())
 def test_a_cut_model_gives_the_logits_of_the_full_one_under_the_mask(subset):
     batch = small.batches(1)[0]
