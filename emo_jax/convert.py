@@ -63,7 +63,8 @@ def main() -> None:
     else:
         export_folder(source, target, subset=subset, dtype=_DTYPE.value, progress=Bar())
     size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
-    print(f"\n{target}: {size / 1e9:.2f} GB in {time.monotonic() - start:.0f} s")
+    amount = f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
+    print(f"\n{target}: {amount} in {time.monotonic() - start:.0f} s")
     if (target / "tokenizer.json").is_file():
         print(f"Try it: python -m emo_jax.generate --model={target} --prompt='Once upon a time'")
     else:
