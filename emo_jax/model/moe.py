@@ -3,6 +3,8 @@
 Letters: B rows, S sequence, D model, R routed experts, F expert hidden, G documents a row, C choices.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -12,7 +14,7 @@ from emo_jax.kernels.experts import best_implementation, routed_experts
 from emo_jax.model.config import ModelConfig, PoolConfig
 from emo_jax.model.layers import FeedForward, weight
 from emo_jax.model.routing import Kept, PoolDraws, Routing, route
-from emo_jax.parallel import map_rows
+from emo_jax.parallel import map_experts
 
 
 class RoutedExperts(nnx.Module):
@@ -82,16 +84,11 @@ class MixtureOfExperts(nnx.Module):
             always_active=self.always_active,
         )
 
-        def experts(x_BSD, indices_BSC, weights_BSC, gate, up, down):
-            x, indices, weights = (a.reshape(-1, a.shape[-1]) for a in (x_BSD, indices_BSC, weights_BSC))
-            y = routed_experts(x, indices, weights, gate, up, down, implementation=implementation)
-            return y.reshape(x_BSD.shape)
-
         weights = [w[...] for w in (self.routed.gate, self.routed.up, self.routed.down)]
         implementation = implementation or best_implementation(routing.indices_BSC.size, len(weights[0]))
         if implementation != "sliced":  # which converts no more than it reads
             weights = [w.astype(x_BSD.dtype) for w in weights]
-        run = map_rows(experts, mesh, row_args=3)
+        run = map_experts(functools.partial(routed_experts, implementation=implementation), mesh)
         y_BSD = run(x_BSD, routing.indices_BSC, routing.weights_BSC, *weights)
         if self.config.num_shared_experts:
             y_BSD += jnp.where(document_ids_BS[..., None] > 0, self.shared(x_BSD), 0)

@@ -1,5 +1,6 @@
 """The device mesh, the rules table and the map of a function over each device's own rows."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,14 +9,14 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from emo_jax.errors import require
-from emo_jax.parallel.config import MeshConfig
+from emo_jax.parallel.config import AXES, MeshConfig
 
-ROW_AXES = ("data", "fsdp")
+ROW_AXES = AXES
 """Mesh axes that the rows of a batch are split over."""
 
-RULES: dict[str, str | None] = {
+RULES: dict[str, tuple[str, ...] | None] = {
     "vocab": None,
-    "embed": "fsdp",
+    "embed": ("fsdp", "expert"),
     "heads": None,
     "head": None,
     "mlp": None,
@@ -23,14 +24,18 @@ RULES: dict[str, str | None] = {
     "routed": None,
     "norm": None,
 }
-"""From the logical axes that parameters are annotated with to a mesh axis, or None for whole."""
+"""From the logical axes that parameters are annotated with to mesh axes, or None for whole.
+
+Stacks of routed experts rest as all else does, split by width: so any number of experts has equal shards, and none of a
+rank's memory is spare. A step moves them to the ranks that compute them (`exchange`).
+"""
 
 
 def make_mesh(config: MeshConfig, rows: int, devices: Sequence[Any] | None = None) -> Mesh:
-    """Lays out `devices` (default: all) as data × fsdp.
+    """Lays out `devices` (default: all) as data × fsdp × expert.
 
     Args:
-      config: axis sizes; an axis of −1 takes what the other leaves.
+      config: axis sizes; an axis of −1 takes what the others leave.
       rows: rows of a microbatch, which the mesh must divide.
       devices: real devices, or those of a compile-only topology.
 
@@ -39,25 +44,25 @@ def make_mesh(config: MeshConfig, rows: int, devices: Sequence[Any] | None = Non
     """
     devices = jax.devices() if devices is None else devices
     n = len(devices)
-    data, fsdp = config.data, config.fsdp
-    for name, size in (("data", data), ("fsdp", fsdp)):
+    sizes = {name: getattr(config, name) for name in AXES}
+    for name, size in sizes.items():
         divisors = [d for d in range(1, n + 1) if n % d == 0]
         require(
             size == -1 or n % size == 0, f"mesh.{name}={size} does not divide the {n} devices; try one of {divisors}."
         )
-    data = n // fsdp if data == -1 else data
-    fsdp = n // data if fsdp == -1 else fsdp
-    require(
-        data * fsdp == n,
-        f"mesh.data={data} × mesh.fsdp={fsdp} must equal the {n} devices; set mesh.data=-1 for {n // fsdp}.",
-    )
+    given = math.prod(size for size in sizes.values() if size != -1)
+    sizes = {name: max(n // given, 1) if size == -1 else size for name, size in sizes.items()}
+    words = " × ".join(f"mesh.{name}={size}" for name, size in sizes.items() if size != 1 or name != "expert")
+    others = sizes["fsdp"] * sizes["expert"]
+    hint = f"set mesh.data=-1 for {n // others}" if n % others == 0 else "lower mesh.fsdp or mesh.expert"
+    require(math.prod(sizes.values()) == n, f"{words} must equal the {n} devices; {hint}.")
     require(
         rows % n == 0,
         f"data.batch_size / train.microbatches = {rows} rows must be a multiple of the {n} devices; "
         f"the nearest is {max(n, round(rows / n) * n)}.",
     )
-    axis_types = (AxisType.Auto, AxisType.Auto)  # jax.make_mesh alone defaults to explicit axes
-    return Mesh(np.asarray(devices).reshape(data, fsdp), ROW_AXES, axis_types=axis_types)
+    axis_types = (AxisType.Auto,) * len(AXES)  # jax.make_mesh alone defaults to explicit axes
+    return Mesh(np.asarray(devices).reshape(*sizes.values()), AXES, axis_types=axis_types)
 
 
 def param_sharding(mesh: Mesh, logical_axes: PartitionSpec, shape: tuple[int, ...]) -> NamedSharding:
@@ -69,11 +74,15 @@ def param_sharding(mesh: Mesh, logical_axes: PartitionSpec, shape: tuple[int, ..
     unknown = [name for name in logical_axes if name is not None and name not in RULES]
     if unknown:
         raise ValueError(f"no rule for the logical axes {unknown}; RULES knows {sorted(RULES)}")
-    axes = [RULES[name] if name is not None else None for name in logical_axes]
-    used = [axis for axis in axes if axis is not None]
+    axes = [RULES[name] or () if name is not None else () for name in logical_axes]
+    used = [axis for some in axes for axis in some]
     if len(set(used)) != len(used):
         raise ValueError(f"rules give {tuple(logical_axes)} the mesh axes {axes}: one is used twice")
-    fitting = [axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(axes, shape, strict=True)]
+    fitting = []
+    for some, size in zip(axes, shape, strict=True):
+        while some and size % math.prod(mesh.shape[axis] for axis in some):
+            some = some[:-1]
+        fitting.append(some or None)
     return NamedSharding(mesh, PartitionSpec(*fitting))
 
 

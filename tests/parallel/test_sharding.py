@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 from emo_jax.errors import UserError
 from emo_jax.model import ModelConfig, abstract_parameters, logical_axes
 from emo_jax.parallel import MeshConfig, batch_sharding, make_mesh, map_rows, param_sharding, put_rows, replicated
-from emo_jax.parallel.sharding import RULES
+from emo_jax.parallel.sharding import ROW_AXES, RULES
 
 MODEL = ModelConfig(
     vocab_size=32, d_model=16, num_layers=2, num_heads=4, num_kv_heads=2, experts_per_layer=(5, 0), top_k=3,
@@ -29,7 +29,7 @@ def mesh_of(data, fsdp, rows=4, devices=4):
 )
 def test_an_axis_of_minus_1_takes_what_the_other_leaves(data, fsdp, shape):
     mesh = mesh_of(data, fsdp)
-    assert tuple(mesh.shape.values()) == shape
+    assert tuple(mesh.shape.values()) == (*shape, 1)
     assert list(mesh.devices.flat) == jax.devices()[:4]
 
 
@@ -40,6 +40,7 @@ def test_an_axis_of_minus_1_takes_what_the_other_leaves(data, fsdp, shape):
         (-1, 5, 4, r"mesh\.fsdp=5 does not divide the 4 devices; try one of \[1, 2, 4\]"),
         (1, 2, 4, r"mesh\.data=1 × mesh\.fsdp=2 must equal the 4 devices; set mesh\.data=-1 for 2"),
         (4, 4, 4, r"mesh\.data=4 × mesh\.fsdp=4 must equal the 4 devices; set mesh\.data=-1 for 1"),
+        (1, 1, 4, r"mesh\.data=1 × mesh\.fsdp=1 must equal the 4 devices; set mesh\.data=-1 for 4"),
         (-1, 1, 6, r"= 6 rows must be a multiple of the 4 devices; the nearest is 8"),
         (-1, 1, 1, r"= 1 rows must be a multiple of the 4 devices; the nearest is 4"),
     ],
@@ -59,7 +60,7 @@ def test_the_rules_cover_every_axis_of_every_parameter():
         assert len(axes) == leaf.ndim, path
         used |= set(axes)
     assert used <= set(RULES)
-    assert {RULES[name] for name in used} <= {"data", "fsdp", None}
+    assert {axis for name in used for axis in RULES[name] or ()} <= set(ROW_AXES)
 
 
 def test_a_parameter_that_would_use_a_mesh_axis_twice_is_refused():
@@ -69,15 +70,18 @@ def test_a_parameter_that_would_use_a_mesh_axis_twice_is_refused():
 
 def test_an_axis_that_the_mesh_does_not_divide_stays_whole():
     assert param_sharding(mesh_of(1, 4), PartitionSpec("embed", "mlp"), (6, 8)).spec == PartitionSpec(None, None)
-    assert param_sharding(mesh_of(1, 4), PartitionSpec("embed", "mlp"), (8, 6)).spec == PartitionSpec("fsdp", None)
+    assert param_sharding(mesh_of(1, 4), PartitionSpec("embed", "mlp"), (8, 6)).spec[1] is None
+    mesh = make_mesh(MeshConfig(1, 2, 2), 4, jax.devices()[:4])
+    for width, spec in ((8, ("fsdp", "expert")), (6, ("fsdp",)), (3, None)):
+        assert param_sharding(mesh, PartitionSpec("embed"), (width,)).spec == PartitionSpec(spec)
 
 
-@pytest.mark.parametrize("data, fsdp", [(1, 4), (2, 2), (4, 1)])
-def test_each_device_holds_its_share_of_every_matrix(data, fsdp):
-    mesh = mesh_of(data, fsdp)
+@pytest.mark.parametrize("data, fsdp, expert", [(1, 4, 1), (2, 2, 1), (4, 1, 1), (1, 2, 2), (2, 1, 2)])
+def test_each_device_holds_its_share_of_every_matrix(data, fsdp, expert):
+    mesh = make_mesh(MeshConfig(data, fsdp, expert), 4, jax.devices()[:4])
     for (path, leaf), axes in leaf_axes():
         shard = np.prod(param_sharding(mesh, axes, leaf.shape).shard_shape(leaf.shape))
-        assert shard == (leaf.size if leaf.ndim == 1 else leaf.size / fsdp), path  # norms stay whole
+        assert shard == (leaf.size if leaf.ndim == 1 else leaf.size / fsdp / expert), path  # norms stay whole
 
 
 def test_rows_of_a_batch_are_split_over_both_axes_in_order():

@@ -23,7 +23,16 @@ def wanted():
         return tiny.gradients(tiny.config(), tiny.batch())
 
 
-@pytest.mark.parametrize("mesh", [{"data": 4, "fsdp": 1}, {"data": 2, "fsdp": 2}, {"data": 1, "fsdp": 4}])
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        {"data": 4, "fsdp": 1},
+        {"data": 2, "fsdp": 2},
+        {"data": 1, "fsdp": 4},
+        {"data": 1, "fsdp": 1, "expert": 4},
+        {"data": 1, "fsdp": 2, "expert": 2},
+    ],
+)
 def test_mesh_does_not_change_a_step(wanted, mesh):
     with jax.enable_x64(True):
         assert_equal_steps(tiny.gradients(tiny.config(mesh=mesh), tiny.batch(), devices=4), wanted)

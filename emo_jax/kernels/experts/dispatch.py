@@ -30,16 +30,17 @@ def num_slots(choices: int, experts: int, block: int) -> int:
     return (choices + min(experts, choices) * (block - 1)) // block * block
 
 
-def plan(indices_TC: jax.Array, experts: int, block: int) -> Plan:
+def plan(indices_TC: jax.Array, experts: int, block: int, filled: int | None = None) -> Plan:
     """Orders choices by expert, each expert's rows starting at a multiple of `block`.
 
     Args:
       indices_TC: int32, the experts of each token; `experts` (one past the last) for a token without.
       experts: R.
       block: 1 for groups without padding.
+      filled: the most choices that have an expert, where the caller knows; None: all may.
     """
     choices = indices_TC.size
-    slots = num_slots(choices, experts, block)
+    slots = num_slots(choices if filled is None else min(filled, choices), experts, block)
     # Expert and place in one key: unique, so an unstable sort of a single operand is exact, and cheap on TPU.
     assert (experts + 1) * choices < 2**31, "too many choices on one device for int32 sort keys"
     keys = jax.lax.sort(indices_TC.reshape(-1) * choices + jnp.arange(choices, dtype=jnp.int32), is_stable=False)

@@ -37,6 +37,7 @@ def routed_experts(
     down_RFD: jax.Array,
     *,
     implementation: str | None = None,
+    filled: int | None = None,
 ) -> jax.Array:
     """Σ_c weight · Expert(x) over each token's chosen experts; Expert = down(silu(gate x) ⊙ up x). No token is dropped.
 
@@ -48,6 +49,7 @@ def routed_experts(
       implementation: `blocked` (groups padded to blocks, each with a copy of its expert's weights),
         `ragged` (`jax.lax.ragged_dot`), `sliced` (one choice after another, with a slice of the stacks: reads the
         chosen experts alone, fit for a few tokens), `reference`; None: the best for the platform and so many tokens.
+      filled: the most choices that have an expert, where the caller knows it: buffers are no larger. None: all may.
 
     Returns:
       [T, D] of `x_TD`'s dtype, differentiable in everything but the indices.
@@ -60,7 +62,7 @@ def routed_experts(
     if implementation in ("reference", "sliced"):
         compute = reference if implementation == "reference" else _sliced
         return compute(x_TD, indices_TC, weights_TC, gate_RDF, up_RDF, down_RFD)
-    y_MD, plan = _outputs(x_TD, indices_TC, gate_RDF, up_RDF, down_RFD, implementation)
+    y_MD, plan = _outputs(x_TD, indices_TC, gate_RDF, up_RDF, down_RFD, implementation, filled)
     return ops.combine(y_MD, weights_TC, plan)
 
 
@@ -85,10 +87,16 @@ def expert_norms(
 
 
 def _outputs(
-    x_TD: jax.Array, indices_TC: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array, implementation: str
+    x_TD: jax.Array,
+    indices_TC: jax.Array,
+    gate: jax.Array,
+    up: jax.Array,
+    down: jax.Array,
+    implementation: str,
+    filled: int | None = None,
 ) -> tuple[jax.Array, ops.Plan]:
     """Each slot's expert output [M, D], and where the slots are."""
-    plan = ops.plan(indices_TC, gate.shape[0], BLOCK if implementation == "blocked" else 1)
+    plan = ops.plan(indices_TC, gate.shape[0], BLOCK if implementation == "blocked" else 1, filled)
     ffn = _blocked_ffn if implementation == "blocked" else _ragged_ffn
     return ffn(ops.dispatch(x_TD, plan), plan, gate, up, down), plan
 
