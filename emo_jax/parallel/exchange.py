@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from emo_jax.parallel.sharding import ROW_AXES, map_rows
+from emo_jax.parallel.sharding import ROW_AXES
 
 BUFFER = 1.5
 """Choices that a rank computes in a round, as a multiple of what balanced experts would give it."""
@@ -41,13 +41,20 @@ def map_experts(compute: Compute, mesh: Mesh | None, buffer: float = BUFFER) -> 
         flat = [a.reshape(-1, a.shape[-1]) for a in (x_BSD, indices_BSC, weights_BSC)]
         return compute(*flat, *experts).reshape(x_BSD.shape)
 
-    ranks = 1 if mesh is None else mesh.shape["expert"]
-    if mesh is None or ranks == 1:
-        return map_rows(whole, mesh, row_args=3)
+    if mesh is None or mesh.size == 1:
+        return whole
+    ranks, shards = mesh.shape["expert"], mesh.shape["fsdp"] * mesh.shape["expert"]
+
+    def own_experts(w: jax.Array, axis: int, split: bool) -> jax.Array:
+        """This rank's experts, whole; what rests split by width is exchanged here, so that gradients are scattered."""
+        if split and ranks > 1:
+            w = jax.lax.all_to_all(w, "expert", split_axis=0, concat_axis=axis, tiled=True)
+        if split:
+            w = jax.lax.all_gather(w, "fsdp", axis=axis, tiled=True)
+        # A custom_vjp inside needs weights that vary like the rows; pcast transposes to the sum over devices.
+        return jax.lax.pcast(w, ("data",) if split else ("data", "fsdp"), to="varying")
 
     def ring(x_BSD: jax.Array, indices_BSC: jax.Array, weights_BSC: jax.Array, *own: jax.Array) -> jax.Array:
-        # A custom_vjp inside needs weights that vary like the rows; pcast transposes to the sum over devices.
-        own = tuple(jax.lax.pcast(w, ("data", "fsdp"), to="varying") for w in own)
         x_TD, indices_TC, weights_TC = (
             jax.lax.all_gather(a.reshape(-1, a.shape[-1]), "expert", axis=0, tiled=True)
             for a in (x_BSD, indices_BSC, weights_BSC)
@@ -79,15 +86,41 @@ def map_experts(compute: Compute, mesh: Mesh | None, buffer: float = BUFFER) -> 
         y_TD = jax.lax.psum_scatter(y_TD, "expert", scatter_dimension=0, tiled=True)
         return y_TD.reshape(x_BSD.shape)
 
-    def mapped(*args: jax.Array) -> jax.Array:
-        rows, experts = args[:3], args[3:]
-        spare = -len(experts[0]) % ranks  # no token chooses them
+    def mapped(x_BSD: jax.Array, indices_BSC: jax.Array, weights_BSC: jax.Array, *experts: jax.Array) -> jax.Array:
+        routed, axes = len(experts[0]), (1, 1, 2)  # where the width D is in gate, up and down
+        split = x_BSD.shape[-1] % shards == 0
+        spare = -routed % ranks  # experts that no token chooses; a choice without an expert lies behind them
         experts = tuple(jnp.pad(w, ((0, spare), (0, 0), (0, 0))) for w in experts)
-        # The index of a choice without an expert lies behind the spare ones.
-        x_BSD, indices_BSC, weights_BSC = rows
-        indices_BSC = jnp.where(indices_BSC == len(args[3]), len(experts[0]), indices_BSC)
-        specs = (*(PartitionSpec(ROW_AXES),) * 3, *(PartitionSpec("expert"),) * 3)
-        run = jax.shard_map(ring, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(ROW_AXES))
+        indices_BSC = jnp.where(indices_BSC == routed, routed + spare, indices_BSC)
+
+        def local(x_BSD: jax.Array, indices_BSC: jax.Array, weights_BSC: jax.Array, *experts: jax.Array) -> jax.Array:
+            own = [own_experts(w, axis, split) for w, axis in zip(experts, axes, strict=True)]
+            return (ring if ranks > 1 else whole)(x_BSD, indices_BSC, weights_BSC, *own)
+
+        rows = PartitionSpec(ROW_AXES)
+        rest = [
+            PartitionSpec(*(None,) * axis, ("fsdp", "expert")) if split else PartitionSpec("expert") for axis in axes
+        ]
+        run = jax.shard_map(local, mesh=mesh, in_specs=(rows, rows, rows, *rest), out_specs=rows)
         return run(x_BSD, indices_BSC, weights_BSC, *experts)
 
     return mapped
+
+
+def ring_load(counts_BR: jax.Array, mesh: Mesh, choices: int, parts: int = 1, buffer: float = BUFFER) -> jax.Array:
+    """How unevenly a layer's choices fell on the ranks: [2], the fullest rank over the mean, and the rounds it took.
+
+    Args:
+      counts_BR: of the step's rows, how many choices each expert got.
+      mesh: where the step ran.
+      choices: S·C, of a row, those without an expert included.
+      parts: microbatches, whose rows follow one another.
+      buffer: see `map_experts`.
+    """
+    ranks = mesh.shape["expert"]
+    rings = parts * mesh.size // ranks  # neighbours in a batch share a ring
+    rows, experts = counts_BR.shape
+    padded_BR = jnp.pad(counts_BR, ((0, 0), (0, -experts % ranks)))
+    load = padded_BR.reshape(rings, rows // rings, ranks, -1).sum((1, 3))
+    size = math.ceil(buffer * (rows // rings) * choices / ranks)
+    return jnp.stack([(load.max(1) / jnp.maximum(load.mean(1), 1e-9)).max(), jnp.ceil(load.max() / size)])

@@ -96,7 +96,9 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def map_rows(fn: Callable[..., Any], mesh: Mesh | None, *, row_args: int, total: bool = False) -> Callable[..., Any]:
+def map_rows(
+    fn: Callable[..., Any], mesh: Mesh | None, *, row_args: int, total: bool = False, check_vma: bool = True
+) -> Callable[..., Any]:
     """Runs `fn` on each device's own rows.
 
     Args:
@@ -105,6 +107,8 @@ def map_rows(fn: Callable[..., Any], mesh: Mesh | None, *, row_args: int, total:
       mesh: None, or one device: `fn` itself.
       row_args: how many leading arguments are split.
       total: the results are sums over the rows instead, and are added over devices.
+      check_vma: as in `jax.shard_map`; False only where all arguments are rows, so that no gradient is a sum over
+        devices.
     """
     if mesh is None or mesh.size == 1:
         return fn
@@ -117,9 +121,8 @@ def map_rows(fn: Callable[..., Any], mesh: Mesh | None, *, row_args: int, total:
 
     def mapped(*args: jax.Array) -> Any:
         specs = tuple(PartitionSpec(ROW_AXES) if i < row_args else PartitionSpec() for i in range(len(args)))
-        return jax.shard_map(
-            local, mesh=mesh, in_specs=specs, out_specs=PartitionSpec() if total else PartitionSpec(ROW_AXES)
-        )(*args)
+        out_specs = PartitionSpec() if total else PartitionSpec(ROW_AXES)
+        return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=out_specs, check_vma=check_vma)(*args)
 
     return mapped
 

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from emo_jax.config import Config
 from emo_jax.kernels.experts import default_implementation
 from emo_jax.model import PoolDraws, abstract_parameters, bind, draw_pools, init_parameters, language_loss, logical_axes
-from emo_jax.parallel import batch_sharding, param_sharding, replicated
+from emo_jax.parallel import batch_sharding, param_sharding, replicated, ring_load
 from emo_jax.parallel.sharding import ROW_AXES
 from emo_jax.training.frozen import trained, trained_shardings, with_trained
 from emo_jax.training.guard import choose, init_guard, judge
@@ -201,6 +201,11 @@ def make_gradients(
         if routing:
             layer_parts = {name: parts[name] for name in ("balance", "router_z")}
             metrics["routing"] = layer_parts | routing_metrics(jax.lax.stop_gradient(routing))
+            if mesh.shape["expert"] > 1:
+                choices = config.data.sequence_length * config.model.num_choices
+                loads = [ring_load(totals.counts_BR, mesh, choices, microbatches) for totals in routing]
+                names = ("rank_load_max_over_mean", "rank_rounds")
+                metrics["exchange"] = dict(zip(names, jnp.stack(loads, axis=1), strict=True))
         return grads, metrics
 
     return gradients

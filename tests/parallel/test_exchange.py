@@ -6,12 +6,13 @@ Letters: B rows, S sequence, D width, C choices, R routed experts, F expert hidd
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from emo_jax.kernels.experts import routed_experts
-from emo_jax.parallel import MeshConfig, make_mesh, map_experts
+from emo_jax.parallel import MeshConfig, make_mesh, map_experts, ring_load
 from emo_jax.parallel.sharding import ROW_AXES
 
 B, S, D, F, C = 8, 5, 6, 4, 2
@@ -94,3 +95,17 @@ def test_only_the_designed_collectives_cross_the_expert_axis():
     hlo = value_and_gradients(mesh).lower(*placed, jax.device_put(cotangent_BSD, rows)).compile().as_text()
     found = {name for name in ("all-to-all", "collective-permute", "all-reduce") if f" {name}(" in hlo}
     assert " all-gather(" in hlo and found <= {"all-reduce"}  # a CPU's reduce-scatter may be an all-reduce
+
+
+def test_load_is_that_of_each_ring_and_rounds_those_of_its_fullest_rank():
+    counts_BR = np.zeros((8, 7))
+    counts_BR[:2, 0], counts_BR[:2, 6], counts_BR[2:, 3] = (
+        6,
+        4,
+        10,
+    )  # two rows a ring; ranks of 4 experts, the last spare
+    mesh = mesh_of(2, 2, 2)
+    for parts in (1, 2):
+        found = ring_load(jnp.asarray(counts_BR), mesh, choices=10, parts=parts)
+        rows = 8 // (4 * parts)
+        np.testing.assert_allclose(found, [2.0, np.ceil(10 * rows / np.ceil(1.5 * rows * 10 / 2))])
