@@ -1,4 +1,4 @@
-"""Every test runs on CPU, split into eight simulated devices where it asks for more than one."""
+"""Every test runs on CPU, split into four simulated devices where it asks for more than one."""
 
 import os
 
@@ -12,5 +12,5 @@ os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 import jax
 
-jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")

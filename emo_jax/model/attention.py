@@ -1,20 +1,21 @@
 """Causal attention within documents, with rotary positions.
 
-Letters: B rows, S sequence, D model, H query heads, K key/value heads, N head width, Q queries of a chunk, M slots of
-a cache.
+Letters: B rows, S sequence, D model, H query heads, K key/value heads, N head width, M slots of a cache.
 """
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
+from emo_jax.kernels.attention import default_implementation, document_attention
 from emo_jax.model.config import ModelConfig
 from emo_jax.model.layers import rms_norm, scale, weight
-
-QUERY_CHUNK = 1024
-"""Most queries whose scores exist at once; longer rows go through in chunks, recomputed for the backward pass."""
+from emo_jax.parallel import map_rows
 
 
 class KeyValues(NamedTuple):
@@ -49,37 +50,6 @@ def rotate(x_BSHN: jax.Array, positions_BS: jax.Array, theta: float) -> jax.Arra
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BSHN.dtype)
 
 
-def document_attention(
-    query_BSHN: jax.Array, key_BSKN: jax.Array, value_BSKN: jax.Array, document_ids_BS: jax.Array
-) -> jax.Array:
-    """Softmax attention of each token to its own document's tokens up to itself: [B, S, H, N].
-
-    Tokens of document 0 attend to one another, so that no softmax is empty; nothing reads their result.
-    Queries are cut into chunks that meet only the keys up to their end: half the work of a full
-    product, and memory of one chunk.
-    """
-    _, length, heads, width = query_BSHN.shape
-    groups = heads // key_BSKN.shape[2]
-    if groups > 1:
-        key_BSKN, value_BSKN = (jnp.repeat(x, groups, axis=2) for x in (key_BSKN, value_BSKN))
-    chunk = min(QUERY_CHUNK, max(length // 2, 1))
-
-    def attend(start: int) -> jax.Array:
-        end = min(start + chunk, length)
-        queries = query_BSHN[:, start:end]
-        dtype = jnp.promote_types(queries.dtype, jnp.float32)
-        scores_BHQS = jnp.einsum("bqhn,bshn->bhqs", queries, key_BSKN[:, :end], preferred_element_type=dtype)
-        same_BQS = document_ids_BS[:, start:end, None] == document_ids_BS[:, None, :end]
-        past_1QS = jnp.arange(start, end).reshape(1, -1, 1) >= jnp.arange(end).reshape(1, 1, -1)
-        visible_B1QS = (same_BQS & past_1QS)[:, None]
-        probs_BHQS = jax.nn.softmax(jnp.where(visible_B1QS, scores_BHQS * width**-0.5, -jnp.inf))
-        return jnp.einsum("bhqs,bshn->bqhn", probs_BHQS.astype(value_BSKN.dtype), value_BSKN[:, :end])
-
-    if length > 2 * chunk:
-        attend = jax.checkpoint(attend, static_argnums=0)
-    return jnp.concatenate([attend(start) for start in range(0, length, chunk)], axis=1)
-
-
 def cached_attention(query_B1HN: jax.Array, past: Past) -> jax.Array:
     """Softmax attention of one token a row to the slots start..slot of the cache: [B, 1, H, N]."""
     key_BMKN, value_BMKN = past.cached
@@ -108,11 +78,17 @@ class Attention(nnx.Module):
             self.query_norm, self.key_norm = scale(config, h * n), scale(config, k * n)
 
     def __call__(
-        self, x_BSD: jax.Array, document_ids_BS: jax.Array, positions_BS: jax.Array, past: Past | None = None
+        self,
+        x_BSD: jax.Array,
+        document_ids_BS: jax.Array,
+        positions_BS: jax.Array,
+        past: Past | None = None,
+        mesh: Mesh | None = None,
     ) -> tuple[jax.Array, KeyValues]:
         """[B, S, D] to [B, S, D], in x's dtype, and what later tokens attend to.
 
-        With a past, S is 1, document ids do not matter, and the token's key and value are added to the cache.
+        With a past, S is 1, document ids do not matter, and the token's key and value are added to the cache. The
+        mesh's platform, or else the default backend, chooses among the formulations of `kernels.attention`.
         """
         q, k, v = (
             jnp.einsum("bsd,dhn->bshn", x_BSD, w[...].astype(x_BSD.dtype)) for w in (self.query, self.key, self.value)
@@ -122,7 +98,14 @@ class Attention(nnx.Module):
         q, k = (rotate(x, positions_BS, self.theta) for x in (q, k))
         seen = KeyValues(k, v)
         if past is None:
-            y_BSHN = document_attention(q, k, v, document_ids_BS)
+            platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+            implementation = default_implementation(platform)
+            attend: Callable[..., jax.Array] = functools.partial(document_attention, implementation=implementation)
+            if implementation != "chunked":
+                # The compiler splits chunks by itself, but would gather all rows for a kernel. JAX's kernels do not
+                # declare over which mesh axes their results vary, as check_vma asks.
+                attend = map_rows(attend, mesh, row_args=4, check_vma=False)
+            y_BSHN = attend(q, k, v, document_ids_BS)
         else:
             added = (
                 jax.lax.dynamic_update_slice_in_dim(*pair, past.slot, axis=1)

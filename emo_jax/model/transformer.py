@@ -45,23 +45,29 @@ class Block(nnx.Module):
         document_ids_BS: jax.Array,
         positions_BS: jax.Array,
         past: Past | None = None,
+        mesh: Mesh | None = None,
         **routing: Any,
     ) -> tuple[jax.Array, Routing | None, KeyValues]:
         """The residual stream after this block, its routing (None where dense), and what later tokens attend to."""
-        x_BSD, read_BSD, seen = self.attend(x_BSD, document_ids_BS, positions_BS, past)
+        x_BSD, read_BSD, seen = self.attend(x_BSD, document_ids_BS, positions_BS, past, mesh)
         decided = None
         if hasattr(self, "moe"):
-            y_BSD, decided = self.moe(read_BSD, document_ids_BS, **routing)
+            y_BSD, decided = self.moe(read_BSD, document_ids_BS, mesh=mesh, **routing)
         else:
             y_BSD = self.ffn(read_BSD)
         return x_BSD + self._norm(y_BSD, self.ffn_norm, self.post), decided, seen
 
     def attend(
-        self, x_BSD: jax.Array, document_ids_BS: jax.Array, positions_BS: jax.Array, past: Past | None = None
+        self,
+        x_BSD: jax.Array,
+        document_ids_BS: jax.Array,
+        positions_BS: jax.Array,
+        past: Past | None = None,
+        mesh: Mesh | None = None,
     ) -> tuple[jax.Array, jax.Array, KeyValues]:
         """The residual stream after attention, what the feed-forward reads of it, and what later tokens attend to."""
         read_BSD = self._norm(x_BSD, self.attention_norm, not self.post)
-        y_BSD, seen = self.attention(read_BSD, document_ids_BS, positions_BS, past)
+        y_BSD, seen = self.attention(read_BSD, document_ids_BS, positions_BS, past, mesh)
         x_BSD = x_BSD + self._norm(y_BSD, self.attention_norm, self.post)
         return x_BSD, self._norm(x_BSD, self.ffn_norm, not self.post), seen
 
@@ -112,7 +118,7 @@ class Transformer(nnx.Module):
           pool, draws: document pools; None for none.
           voters_BS: bool, the tokens whose router probabilities choose the pools; None: all of a document.
           documents: G, the largest document id.
-          mesh: rows are split over its devices; None on one device.
+          mesh: rows are split over its devices, whose platform chooses how they attend; None: the default device.
           implementation: of `kernels.experts`; None: the default backend's best.
           kept: the subset of experts in each mixture layer; None: all.
 

@@ -115,52 +115,6 @@ def test_a_packed_document_has_the_logits_it_has_alone(seed, lengths):
         start += length
 
 
-# In chunks
-
-
-def numpy_attention(query_BSHN, key_BSKN, value_BSKN, ids_BS):
-    rows, length, heads, width = query_BSHN.shape
-    y_BSHN = np.zeros_like(query_BSHN)
-    past_SS = np.tril(np.ones((length, length), bool))
-    for b, h in np.ndindex(rows, heads):
-        k = h * key_BSKN.shape[2] // heads
-        scores_SS = query_BSHN[b, :, h] @ key_BSKN[b, :, k].T / math.sqrt(width)
-        scores_SS[~(past_SS & (ids_BS[b][:, None] == ids_BS[b][None]))] = -np.inf
-        share_SS = np.exp(scores_SS - scores_SS.max(1, keepdims=True))
-        y_BSHN[b, :, h] = share_SS / share_SS.sum(1, keepdims=True) @ value_BSKN[b, :, k]
-    return y_BSHN
-
-
-@pytest.mark.parametrize("length, chunk", [(1, 512), (7, 512), (13, 4), (1100, 512)])
-def test_attention_in_chunks_is_plain_attention(monkeypatch, length, chunk):
-    monkeypatch.setattr(attention_module, "QUERY_CHUNK", chunk)
-    rng = np.random.default_rng(length)
-    query, key, value = (rng.normal(size=(1, length, heads, 4)) for heads in (4, 2, 2))
-    ids_BS = np.sort(rng.integers(0, 4, (1, length)))
-    ours = jax.jit(attention_module.document_attention)(query, key, value, ids_BS)
-    np.testing.assert_allclose(ours, numpy_attention(query, key, value, ids_BS), rtol=1e-9, atol=1e-12)
-
-
-def test_attention_in_chunks_has_the_gradients_of_one_piece(monkeypatch):
-    rng = np.random.default_rng(0)
-    arrays = [rng.normal(size=(1, 13, heads, 4)) for heads in (4, 2, 2)]
-    ids_BS, cotangent = np.sort(rng.integers(0, 4, (1, 13))), rng.normal(size=(1, 13, 4, 4))
-
-    def plain(query, key, value):
-        key, value = (jnp.repeat(x, 2, axis=2) for x in (key, value))
-        scores = jnp.einsum("bqhn,bkhn->bhqk", query, key) / 2
-        visible = (ids_BS[:, None, :, None] == ids_BS[:, None, None, :]) & np.tril(np.ones((1, 1, 13, 13), bool))
-        return jnp.einsum("bhqk,bkhn->bqhn", jax.nn.softmax(jnp.where(visible, scores, -jnp.inf)), value)
-
-    def gradients(fn):
-        return jax.jit(jax.grad(lambda *arrays: (fn(*arrays) * cotangent).sum(), (0, 1, 2)))(*arrays)
-
-    monkeypatch.setattr(attention_module, "QUERY_CHUNK", 4)
-    ours = gradients(lambda *arrays: attention_module.document_attention(*arrays, ids_BS))
-    for our, wanted in zip(ours, gradients(plain), strict=True):
-        np.testing.assert_allclose(our, wanted, rtol=1e-9, atol=1e-12)
-
-
 def test_rotation_depends_on_distance_alone():
     """Scores of rotated queries and keys are equal where both move by as much."""
     rng = np.random.default_rng(0)

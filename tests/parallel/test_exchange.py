@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from emo_jax.kernels.experts import routed_experts
 from emo_jax.parallel import MeshConfig, make_mesh, map_experts, ring_load
+from emo_jax.parallel.config import AXES
 from emo_jax.parallel.sharding import ROW_AXES
 
 B, S, D, F, C = 8, 5, 6, 4, 2
@@ -104,7 +105,7 @@ def test_load_is_that_of_each_ring_and_rounds_those_of_its_fullest_rank():
         4,
         10,
     )  # two rows a ring; ranks of 4 experts, the last spare
-    mesh = mesh_of(2, 2, 2)
+    mesh = AbstractMesh((2, 2, 2), AXES)
     for parts in (1, 2):
         found = ring_load(jnp.asarray(counts_BR), mesh, choices=10, parts=parts)
         rows = 8 // (4 * parts)

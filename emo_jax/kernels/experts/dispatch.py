@@ -4,6 +4,8 @@ Letters: T tokens, C choices a token, R routed experts, M slots (rows in expert 
 Autodiff of a plain gather would emit a scatter, and on TPU a sort of its indices, per direction.
 """
 
+import functools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -68,6 +70,11 @@ def _rows(x_TD: jax.Array, index: jax.Array) -> jax.Array:
     return x_TD.at[index].get(mode="fill", fill_value=0)
 
 
+def _choices(y_MD: jax.Array, plan: Plan) -> Iterator[jax.Array]:
+    """The slots of every token's first choice, of its second, and so on: [T, D] each, never all of them at once."""
+    return (_rows(y_MD, slot_T) for slot_T in plan.slot_TC.T)
+
+
 def _int_zeros(tree: Plan) -> Plan:
     return jax.tree.map(lambda a: np.zeros(a.shape, jax.dtypes.float0), tree)
 
@@ -83,9 +90,9 @@ def _dispatch_fwd(x_TD: jax.Array, plan: Plan) -> tuple[jax.Array, Plan]:
 
 
 def _dispatch_bwd(plan: Plan, g_MD: jax.Array) -> tuple[jax.Array, Plan]:
-    g_TCD = _rows(g_MD, plan.slot_TC)
     accumulate = jnp.promote_types(g_MD.dtype, jnp.float32)
-    return g_TCD.astype(accumulate).sum(1).astype(g_MD.dtype), _int_zeros(plan)
+    g_TD = functools.reduce(jnp.add, (rows_TD.astype(accumulate) for rows_TD in _choices(g_MD, plan)))
+    return g_TD.astype(g_MD.dtype), _int_zeros(plan)
 
 
 dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
@@ -94,8 +101,9 @@ dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
 @jax.custom_vjp
 def combine(y_MD: jax.Array, weights_TC: jax.Array, plan: Plan) -> jax.Array:
     """The weighted sum of each token's slots, in the weights' precision: [T, D] of y's dtype."""
-    y_TCD = _rows(y_MD, plan.slot_TC).astype(weights_TC.dtype)
-    return (weights_TC[:, :, None] * y_TCD).sum(1).astype(y_MD.dtype)
+    pairs = zip(weights_TC.T, _choices(y_MD, plan), strict=True)
+    weighted = (weight_T[:, None] * rows_TD.astype(weight_T.dtype) for weight_T, rows_TD in pairs)
+    return functools.reduce(jnp.add, weighted).astype(y_MD.dtype)
 
 
 def _combine_fwd(y_MD: jax.Array, weights_TC: jax.Array, plan: Plan) -> tuple[jax.Array, tuple]:
@@ -106,8 +114,8 @@ def _combine_bwd(saved: tuple, g_TD: jax.Array) -> tuple[jax.Array, jax.Array, P
     y_MD, weights_TC, plan = saved
     weight_M = _rows(weights_TC.reshape(-1), plan.choice_M)
     g_MD = (weight_M[:, None] * _rows(g_TD, plan.token_M).astype(weights_TC.dtype)).astype(y_MD.dtype)
-    y_TCD = _rows(y_MD, plan.slot_TC).astype(weights_TC.dtype)
-    g_weights_TC = (y_TCD * g_TD[:, None, :].astype(weights_TC.dtype)).sum(-1)
+    wide_TD = g_TD.astype(weights_TC.dtype)
+    g_weights_TC = jnp.stack([(rows.astype(wide_TD.dtype) * wide_TD).sum(-1) for rows in _choices(y_MD, plan)], axis=1)
     return g_MD, g_weights_TC, _int_zeros(plan)
 
 
