@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 from tokenizers import Tokenizer
 
 from emo_jax.data import Example, encode, example_batches, load_tokenizer
-from emo_jax.errors import UserError, require
+from emo_jax.errors import UserError, require, require_choice
 from emo_jax.inference import Completion, Generator, Sampling, Speed, complete, pool_size
 from emo_jax.interop import write_folder
 from emo_jax.interop.huggingface import CONFIG_FILE, read_json
@@ -228,15 +228,16 @@ class Model:
           dtype: of the tensors: float32, bfloat16 or float16; empty: as the parameters are.
 
         Raises:
-          UserError: where the folder holds something, or no published family can hold the model.
+          UserError: where the folder holds something, no published family can hold the model, or float16 its values.
         """
-        require(
-            dtype in ("", "float32", "bfloat16", "float16"), f"dtype={dtype!r} must be float32, bfloat16 or float16."
-        )
+        from emo_jax.training.conversion import DTYPES, cast  # here, because Orbax takes seconds to import
+
+        if dtype:
+            require_choice("dtype", dtype, DTYPES)
         dtype = dtype or str(self.params["embedding"].dtype)
 
         def leaf(path: tuple[str, ...]) -> np.ndarray:
-            return np.asarray(functools.reduce(lambda node, key: node[key], path, self.params)).astype(dtype)
+            return cast(path, np.asarray(functools.reduce(lambda node, key: node[key], path, self.params)), dtype)
 
         write_folder(
             Path(folder),

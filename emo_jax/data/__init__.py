@@ -7,7 +7,7 @@ from emo_jax.data.packing import Rows, is_repetitive, pack_rows, padding_share, 
 from emo_jax.data.pipeline import domain_batches, first_documents, heldout_batches, train_batches
 from emo_jax.data.sources import read_documents
 from emo_jax.data.store import Split, TokenStore, build_store, open_store, prepare_store
-from emo_jax.data.tokenizer import encode, load_tokenizer, train_tokenizer
+from emo_jax.data.tokenizer import encode, load_tokenizer, token_count, train_tokenizer
 
 __all__ = [
     "DataConfig",
@@ -34,6 +34,7 @@ __all__ = [
     "read_examples",
     "row",
     "row_domains",
+    "token_count",
     "train_batches",
     "train_tokenizer",
 ]

@@ -63,7 +63,7 @@ def load_tokenizer(path: str | pathlib.Path, end_of_text: str, vocab_size: int) 
         candidates = _end_candidates(tokenizer)
         hint = f"it has {', '.join(map(repr, candidates))}" if candidates else "it has no special tokens"
         raise UserError(f"data.end_of_text={end_of_text!r} is not a token of {str(path)!r}; {hint}.")
-    largest = max(tokenizer.get_vocab(with_added_tokens=True).values())
+    largest = token_count(tokenizer) - 1
     require(
         largest < vocab_size,
         f"model.vocab_size={vocab_size} is too small for {str(path)!r}, whose largest id is {largest}: "
@@ -75,6 +75,11 @@ def load_tokenizer(path: str | pathlib.Path, end_of_text: str, vocab_size: int) 
         tokenizer.add_special_tokens([end_of_text])  # some files list it as an ordinary token, matched inside text
     tokenizer.encode_special_tokens = True
     return tokenizer
+
+
+def token_count(tokenizer: Tokenizer) -> int:
+    """One past the largest id, added tokens included: the rows that a vocabulary needs."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
 
 def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:

@@ -9,6 +9,7 @@ import numpy as np
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
+from emo_jax.data import token_count
 from emo_jax.errors import UserError, require
 from emo_jax.inference.decoding import Generator, Sampling
 from emo_jax.model import Kept
@@ -108,7 +109,7 @@ def complete(
     if stop and tokenizer is None:
         raise UserError(f"stop={list(stop)!r} is text, and the model has no tokenizer.json to read its tokens with.")
     rows = [_Row(stop, DecodeStream(skip_special_tokens=True) if tokenizer else None) for _ in prompts]
-    vocabulary = _ids(tokenizer) if tokenizer else 0
+    vocabulary = token_count(tokenizer) if tokenizer else 0  # embedding rows from there on are padding
     begun = time.perf_counter()
     steps = generator(params, prompts, max_new_tokens, sampling=sampling, pool=pool, kept=kept, vocabulary=vocabulary)
     times, counts = [], []
@@ -132,11 +133,6 @@ def complete(
                 on_text(index, piece)
     speed = Speed(sum(map(len, prompts)), times[0] - begun, sum(counts[2:]), times[-1] - times[min(1, len(times) - 1)])
     return [Completion(row.text, row.tokens, row.stopped) for row in rows], speed
-
-
-def _ids(tokenizer: Tokenizer) -> int:
-    """One past the largest id; embedding rows from there on are padding."""
-    return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
 def _overlap(text: str, word: str) -> int:

@@ -12,7 +12,7 @@ from emo_jax.interop.huggingface import (
     read_unrouted,
     to_public_names,
 )
-from emo_jax.interop.writing import copy_small_files, write_folder
+from emo_jax.interop.writing import copy_small_files, require_new, write_folder
 
 __all__ = [
     "abstract_leaves",
@@ -22,6 +22,7 @@ __all__ = [
     "read_parameters",
     "read_routers",
     "read_unrouted",
+    "require_new",
     "to_public_names",
     "write_folder",
 ]

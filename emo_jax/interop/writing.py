@@ -62,10 +62,7 @@ def write_folder(
         has another shape than `config` makes it.
     """
     folder = Path(folder).absolute()
-    require(
-        not folder.exists() or (folder.is_dir() and not any(folder.iterdir())),
-        f"{folder} exists already; give another folder, or delete it.",
-    )
+    require_new(folder)
     values = _config_values(config, origin, end_of_text_id, context_length)
     making = folder.with_name(f".{folder.name}.writing")
     shutil.rmtree(making, ignore_errors=True)
@@ -182,6 +179,14 @@ def _published(
         del value  # before the next is asked for
         if progress is not None:
             progress(done, len(parts))
+
+
+def require_new(folder: Path) -> None:
+    """Raises `UserError` where a folder that is to be made holds something."""
+    require(
+        not folder.exists() or (folder.is_dir() and not any(folder.iterdir())),
+        f"{folder} exists already; give another folder, or delete it.",
+    )
 
 
 def copy_small_files(origin: Path, folder: Path) -> None:

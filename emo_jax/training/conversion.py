@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
 
 from emo_jax.config import Config, DataConfig, PoolConfig
+from emo_jax.data import token_count
 from emo_jax.errors import UserError, require, require_choice
 from emo_jax.interop import (
     abstract_leaves,
@@ -24,6 +25,7 @@ from emo_jax.interop import (
     read_config,
     read_leaves,
     read_unrouted,
+    require_new,
     write_folder,
 )
 from emo_jax.interop.huggingface import CONFIG_FILE, read_json
@@ -37,7 +39,6 @@ from emo_jax.training.weights import (
     Stored,
     end_of_text,
     published_folder,
-    require_new,
     saved_fingerprint,
     saved_model,
 )
@@ -175,7 +176,7 @@ def export_folder(
         nonlocal done
         progress(done, total)
         done += sizes[path]
-        return _cast(path, origin.read(path), dtype)
+        return cast(path, origin.read(path), dtype)
 
     write_folder(
         target,
@@ -285,7 +286,7 @@ def _vocabulary_rows(config: ModelConfig, tokenizer: Path | None, asked: int) ->
     if tokenizer is None:
         require(asked >= 0, f"--vocab_rows={asked} must be at least 1.")
         return asked or config.vocab_size
-    ids = max(Tokenizer.from_file(str(tokenizer)).get_vocab(with_added_tokens=True).values(), default=-1) + 1
+    ids = token_count(Tokenizer.from_file(str(tokenizer)))
     require(
         asked == 0 or asked >= ids,
         f"--vocab_rows={asked} leaves tokens without a row: {tokenizer} has ids up to {ids - 1}; give at least {ids}.",
@@ -340,13 +341,18 @@ def _bytes(leaf: jax.ShapeDtypeStruct, dtype: str = "") -> int:
     return leaf.size * np.dtype(dtype or leaf.dtype).itemsize
 
 
-def _cast(path: LeafPath, leaf: np.ndarray, dtype: str) -> np.ndarray:
+def cast(path: LeafPath, leaf: np.ndarray, dtype: str) -> np.ndarray:
+    """A parameter in one of `DTYPES`; empty: as it is.
+
+    Raises:
+      UserError: where it has values beyond the range of float16.
+    """
     if not dtype:
         return leaf
     with np.errstate(over="ignore"):
-        cast = leaf.astype(dtype, copy=False)
+        made = leaf.astype(dtype, copy=False)
     require(
-        dtype != "float16" or bool(np.isfinite(cast).all()),
+        dtype != "float16" or bool(np.isfinite(made).all()),
         f"The parameter {'/'.join(path)} has values beyond the range of float16; export it as bfloat16 or float32.",
     )
-    return cast
+    return made

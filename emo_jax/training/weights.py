@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 
 from emo_jax.config import Config
 from emo_jax.errors import UserError, require
-from emo_jax.interop import read_config, read_leaves, read_routers
+from emo_jax.interop import read_config, read_leaves, read_routers, require_new
 from emo_jax.interop.huggingface import CONFIG_FILE, leaf_shapes, read_json
 from emo_jax.model import ModelConfig, abstract_parameters, mixture_layers
 from emo_jax.modularity import fingerprint
@@ -389,14 +389,6 @@ class Saving:
 def hidden(folder: Path) -> Path:
     """Where a folder is made, beside its place, until it is complete."""
     return folder.with_name(f".{folder.name}.saving")
-
-
-def require_new(folder: Path) -> None:
-    """Raises `UserError` where a folder that is to be made holds something."""
-    require(
-        not folder.exists() or (folder.is_dir() and not any(folder.iterdir())),
-        f"{folder} exists already; give another folder, or delete it.",
-    )
 
 
 def _placed(leaves: Iterable[tuple[LeafPath, np.ndarray]], shardings: Any) -> dict[str, Any]:
