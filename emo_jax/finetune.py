@@ -129,16 +129,15 @@ def _heldout(config: Config, store: Any) -> Any:
     """Held-out losses of the model that the run starts from, as JSON."""
     from emo_jax.data import heldout_batches
     from emo_jax.evaluation import make_heldout_loss
-    from emo_jax.parallel import make_mesh
     from emo_jax.training.start import check_origin, initial_parameters
-    from emo_jax.training.step import state_shardings
+    from emo_jax.training.step import run_mesh, state_shardings
 
     config.validate()
     check_origin(config)
     rows = config.data.batch_size // config.train.microbatches
-    mesh = make_mesh(config.mesh, rows)
+    mesh = run_mesh(config)
     params = initial_parameters(config, state_shardings(config, mesh).params)
-    loss = make_heldout_loss(config.model, mesh, store.domains)
+    loss = make_heldout_loss(config.model, mesh, store.domains, config.mesh)
     return loss(params, heldout_batches(store, config.data, rows)).to_json()
 
 

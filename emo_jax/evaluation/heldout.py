@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from emo_jax.errors import require
 from emo_jax.kernels.experts import default_implementation
 from emo_jax.model import Kept, ModelConfig, bind, token_losses
-from emo_jax.parallel import put_rows
+from emo_jax.parallel import MeshConfig, put_rows
 
 
 class Loss(NamedTuple):
@@ -49,13 +49,16 @@ class HeldoutLoss:
         return self.all._asdict() | {"domains": {name: loss._asdict() for name, loss in self.domains.items()}}
 
 
-def make_heldout_loss(config: ModelConfig, mesh: Mesh, domains: Sequence[str]) -> Callable[..., HeldoutLoss]:
+def make_heldout_loss(
+    config: ModelConfig, mesh: Mesh, domains: Sequence[str], exchange: MeshConfig | None = None
+) -> Callable[..., HeldoutLoss]:
     """Builds (params, batches, kept=None) → `HeldoutLoss`; compiled once, one transfer back at the end.
 
     Args:
       config: of the model.
       mesh: where batches are split.
       domains: names, in the order of the batches' `document_domains`.
+      exchange: how tokens reach experts on other devices; None: by default.
 
     The returned function raises `UserError` without batches. They follow the contract of `emo_jax.data`, with
     `document_domains` int32 [B, G] beside. `kept` is a subset of the experts, one `Kept` a mixture layer.
@@ -72,6 +75,7 @@ def make_heldout_loss(config: ModelConfig, mesh: Mesh, domains: Sequence[str]) -
             batch["positions"],
             documents=domains_BG.shape[1],
             mesh=mesh,
+            exchange=exchange,
             implementation=implementation,
             kept=kept,
         )

@@ -3,8 +3,6 @@
 Letters: B rows, S sequence, D model, H query heads, K key/value heads, N head width, M slots of a cache.
 """
 
-import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -15,7 +13,7 @@ from jax.sharding import Mesh
 from emo_jax.kernels.attention import default_implementation, document_attention
 from emo_jax.model.config import ModelConfig
 from emo_jax.model.layers import rms_norm, scale, weight
-from emo_jax.parallel import map_rows
+from emo_jax.parallel import map_tokens
 
 
 class KeyValues(NamedTuple):
@@ -64,6 +62,27 @@ def cached_attention(query_B1HN: jax.Array, past: Past) -> jax.Array:
     return y_BKGN.reshape(rows, 1, heads, width)
 
 
+def _attend(q: jax.Array, k: jax.Array, v: jax.Array, document_ids_BS: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """`document_attention` of each device's own queries; where a row is in parts, all its keys come to each."""
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    implementation = default_implementation(platform)
+    parts = mesh.shape["context"] if mesh is not None else 1
+
+    def local(q: jax.Array, k: jax.Array, v: jax.Array, document_ids_BS: jax.Array) -> jax.Array:
+        if parts == 1:
+            return document_attention(q, k, v, document_ids_BS, implementation=implementation)
+        k, v, document_ids_BS = (
+            jax.lax.all_gather(a, "context", axis=1, tiled=True) for a in (k, v, document_ids_BS)
+        )
+        part = (jax.lax.axis_index("context"), parts)
+        return document_attention(q, k, v, document_ids_BS, implementation=implementation, part=part)
+
+    # The compiler would gather all rows for a kernel. JAX's kernels do not declare over which mesh axes their results
+    # vary, as check_vma asks; all arguments are tokens, so no gradient is a sum that the check would guard.
+    run = map_tokens(local, mesh, token_args=4, check_vma=implementation == "chunked")
+    return run(q, k, v, document_ids_BS)
+
+
 class Attention(nnx.Module):
     """Multi-head (or grouped-query) self-attention without biases."""
 
@@ -98,14 +117,7 @@ class Attention(nnx.Module):
         q, k = (rotate(x, positions_BS, self.theta) for x in (q, k))
         seen = KeyValues(k, v)
         if past is None:
-            platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-            implementation = default_implementation(platform)
-            attend: Callable[..., jax.Array] = functools.partial(document_attention, implementation=implementation)
-            if implementation != "chunked":
-                # The compiler splits chunks by itself, but would gather all rows for a kernel. JAX's kernels do not
-                # declare over which mesh axes their results vary, as check_vma asks.
-                attend = map_rows(attend, mesh, row_args=4, check_vma=False)
-            y_BSHN = attend(q, k, v, document_ids_BS)
+            y_BSHN = _attend(q, k, v, document_ids_BS, mesh)
         else:
             added = (
                 jax.lax.dynamic_update_slice_in_dim(*pair, past.slot, axis=1)

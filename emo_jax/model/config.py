@@ -8,7 +8,7 @@ from emo_jax.errors import require, require_choice
 POOL_KINDS = ("none", "document", "random")
 BALANCE_SCOPES = ("global", "buffer", "microbatch", "local")
 NORM_PLACEMENTS = ("pre", "post")
-REMAT_POLICIES = ("none", "full", "dots")
+REMAT_POLICIES = ("none", "dots", "exchange", "full")
 DTYPES = ("bfloat16", "float32", "float64")
 
 
@@ -59,8 +59,9 @@ class ModelConfig:
     dtype: str = "bfloat16"
     """Of activations and matrix products; master weights are float32 (float64 with it, for verification)."""
     remat: str = "none"
-    """What the backward pass recomputes in a layer: `none` saves everything, `full` only its input,
-    `dots` saves matrix products without a batch dimension."""
+    """What the backward pass recomputes in a layer. `none` saves everything but gathered weights, `dots` matrix products
+    without a batch dimension, `exchange` its input and what crossed the `expert` axis, `full` only its input; each
+    also what the router decided."""
 
     @property
     def head_dim(self) -> int:

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
-from emo_jax.parallel import map_rows
+from emo_jax.parallel import map_tokens, width_axes
 
 CHUNK = 1024
 """Tokens whose logits exist at once: few enough for a CPU's caches, enough for a TPU to read the head seldom."""
@@ -52,11 +52,16 @@ def language_loss(
       mesh: rows are split over its devices; None on one device.
     """
 
+    # The head is gathered, and its gradient scattered, where the products are: left to the compiler, all devices would
+    # add up whole gradients.
+    axes = width_axes(mesh, len(head_DV)) if mesh is not None and mesh.size > 1 else ()
+
     def local(hidden_BSD, targets_BS, mask_BS, head_DV):
         hidden_TD = hidden_BSD.reshape(-1, hidden_BSD.shape[-1])
-        return _sums(z_weight, hidden_TD, head_DV, targets_BS.reshape(-1), mask_BS.reshape(-1))
+        return _sums(z_weight, axes, hidden_TD, head_DV, targets_BS.reshape(-1), mask_BS.reshape(-1))
 
-    sums = map_rows(local, mesh, row_args=3, total=True)(hidden_BSD, targets_BS, mask_BS, head_DV)
+    run = map_tokens(local, mesh, token_args=3, weights=[PartitionSpec(axes or None)], total=True)
+    sums = run(hidden_BSD, targets_BS, mask_BS, head_DV)
     return LanguageLoss(sums[0], *jax.lax.stop_gradient(sums[1:]))
 
 
@@ -80,7 +85,7 @@ def token_losses(
         parts = jax.lax.map(body, rows)
         return tuple(part.reshape(-1)[: targets_BS.size].reshape(targets_BS.shape) for part in parts)
 
-    return map_rows(local, mesh, row_args=2)(hidden_BSD, targets_BS, head_DV)
+    return map_tokens(local, mesh, token_args=2)(hidden_BSD, targets_BS, head_DV)
 
 
 class _Chunk(NamedTuple):
@@ -117,10 +122,12 @@ def _chunked(arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
     return tuple(map(cut, arrays))
 
 
-def _scan(z_weight: float, args: tuple, with_gradients: bool) -> tuple[tuple, Any, Any]:
-    """Sums, and the gradients of their total by the hidden stream and the head."""
+def _scan(z_weight: float, axes: tuple[str, ...], args: tuple, with_gradients: bool) -> tuple[tuple, Any, Any]:
+    """Sums, and the gradients of their total by the hidden stream and the head, which is split over mesh axes."""
     hidden_TD, head_DV, targets_T, mask_T = args
     cast_DV = head_DV.astype(hidden_TD.dtype)
+    if axes:
+        cast_DV = jax.lax.all_gather(cast_DV, axes, axis=0, tiled=True)
     wide = jnp.promote_types(hidden_TD.dtype, jnp.float32)
 
     def body(grad_DV, chunk):
@@ -138,25 +145,34 @@ def _scan(z_weight: float, args: tuple, with_gradients: bool) -> tuple[tuple, An
         grad_PD = jnp.einsum("pv,dv->pd", grad_PV, cast_DV, preferred_element_type=wide).astype(hidden_PD.dtype)
         return grad_DV, (tuple(sums), grad_PD)
 
-    start = jnp.zeros_like(head_DV) if with_gradients else None
+    start = jnp.zeros_like(cast_DV, head_DV.dtype) if with_gradients else None
     grad_DV, (sums, grad_PD) = jax.lax.scan(body, start, _chunked((hidden_TD, targets_T, mask_T)))
     totals = tuple(x.sum() for x in sums)
     if not with_gradients:
         return totals, None, None
+    if axes:
+        grad_DV = jax.lax.psum_scatter(grad_DV, axes, scatter_dimension=0, tiled=True)
     return totals, grad_PD.reshape(-1, hidden_TD.shape[1])[: hidden_TD.shape[0]], grad_DV
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _sums(z_weight: float, hidden_TD: jax.Array, head_DV: jax.Array, targets_T: jax.Array, mask_T: jax.Array) -> tuple:
-    return _scan(z_weight, (hidden_TD, head_DV, targets_T, mask_T), with_gradients=False)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _sums(
+    z_weight: float,
+    axes: tuple[str, ...],
+    hidden_TD: jax.Array,
+    head_DV: jax.Array,
+    targets_T: jax.Array,
+    mask_T: jax.Array,
+) -> tuple:
+    return _scan(z_weight, axes, (hidden_TD, head_DV, targets_T, mask_T), with_gradients=False)[0]
 
 
-def _sums_fwd(z_weight: float, *args: jax.Array) -> tuple[tuple, tuple]:
-    totals, grad_TD, grad_DV = _scan(z_weight, args, with_gradients=True)
+def _sums_fwd(z_weight: float, axes: tuple[str, ...], *args: jax.Array) -> tuple[tuple, tuple]:
+    totals, grad_TD, grad_DV = _scan(z_weight, axes, args, with_gradients=True)
     return totals, (grad_TD, grad_DV)
 
 
-def _sums_bwd(z_weight: float, grads: tuple, cotangents: tuple) -> tuple:
+def _sums_bwd(z_weight: float, axes: tuple[str, ...], grads: tuple, cotangents: tuple) -> tuple:
     by_hidden_TD, by_head_DV = grads
     by_hidden_TD = (by_hidden_TD * cotangents[0]).astype(by_hidden_TD.dtype)  # the product in the wider type
     return by_hidden_TD, (by_head_DV * cotangents[0]).astype(by_head_DV.dtype), None, None

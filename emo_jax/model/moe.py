@@ -14,7 +14,7 @@ from emo_jax.kernels.experts import best_implementation, routed_experts
 from emo_jax.model.config import ModelConfig, PoolConfig
 from emo_jax.model.layers import FeedForward, weight
 from emo_jax.model.routing import Kept, PoolDraws, Routing, route
-from emo_jax.parallel import map_experts
+from emo_jax.parallel import MeshConfig, map_experts
 
 
 class RoutedExperts(nnx.Module):
@@ -54,6 +54,7 @@ class MixtureOfExperts(nnx.Module):
         layer: int = 0,
         documents: int = 1,
         mesh: Mesh | None = None,
+        exchange: MeshConfig | None = None,
         implementation: str | None = None,
         kept: Kept | None = None,
     ) -> tuple[jax.Array, Routing]:
@@ -66,7 +67,8 @@ class MixtureOfExperts(nnx.Module):
           voters_BS: bool, the tokens that choose them; None: all of a document.
           layer: this layer's place among the mixture layers, for `draws`.
           documents: G.
-          mesh: where rows are split over devices; each dispatches its own.
+          mesh: where tokens are split over devices; each dispatches its own.
+          exchange: how they reach experts on other devices; None: by default.
           implementation: of `kernels.experts`.
           kept: a subset of the experts, or None for all.
         """
@@ -88,8 +90,9 @@ class MixtureOfExperts(nnx.Module):
         implementation = implementation or best_implementation(routing.indices_BSC.size, len(weights[0]))
         if implementation != "sliced":  # which converts no more than it reads
             weights = [w.astype(x_BSD.dtype) for w in weights]
-        run = map_experts(functools.partial(routed_experts, implementation=implementation), mesh)
-        y_BSD = run(x_BSD, routing.indices_BSC, routing.weights_BSC, *weights)
+        compute = functools.partial(routed_experts, implementation=implementation)
+        run = map_experts(compute, mesh, exchange or MeshConfig())
+        y_BSD, load = run(x_BSD, routing.indices_BSC, routing.weights_BSC, *weights)
         if self.config.num_shared_experts:
             y_BSD += jnp.where(document_ids_BS[..., None] > 0, self.shared(x_BSD), 0)
-        return y_BSD, routing
+        return y_BSD, routing._replace(load_NC=load)

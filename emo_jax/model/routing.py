@@ -9,9 +9,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from emo_jax.model.config import PoolConfig
 
+DECISIONS = "decisions"
+"""Name of pools and chosen experts for remat policies."""
 FEW_CHOICES = 4
 """Up to here, looking for the maximum again and again is faster than `lax.top_k` (on CPU twice)."""
 
@@ -82,6 +85,7 @@ class Routing(NamedTuple):
       logits_BSR: router logits z, unmasked.
       in_pool_BGR: bool, the experts that each document may use.
       totals: sums for losses and metrics.
+      load_NC: int32 [devices, chunks], choices that arrived on each device that computes experts for others; else None.
     """
 
     indices_BSC: jax.Array
@@ -89,6 +93,7 @@ class Routing(NamedTuple):
     logits_BSR: jax.Array
     in_pool_BGR: jax.Array
     totals: RoutingTotals
+    load_NC: jax.Array | None = None
 
 
 def draw_pools(
@@ -209,7 +214,7 @@ def route(
             assert seed_BG2 is not None, "a random pool needs its seed"
             score_BGR = random_scores(seed_BG2, experts)
         score_BGR = jnp.where(always_R, jnp.inf, score_BGR) if always_active else score_BGR
-        in_pool_BGR = choose_pool(score_BGR, size_BG, pool.forced)
+        in_pool_BGR = checkpoint_name(choose_pool(score_BGR, size_BG, pool.forced), DECISIONS)
         # Exact in any precision: each token has one document. Tokens of document 0 keep every logit finite.
         in_pool_BSR = jnp.einsum("bsg,bgr->bsr", document_BSG, in_pool_BGR.astype(dtype)) > 0.5
         in_pool_BSR |= ~routed_BS[..., None]
@@ -226,7 +231,7 @@ def route(
         w_BSR = jnp.where(kept.renormalized, w_BSR, jnp.where(masked_BSR > -jnp.inf, p_BSR, 0))
     # By logits, not by w: equal order, but no ties where exp underflows, so a masked expert is never chosen.
     wanted_BSR = jnp.where(always_R, jnp.inf, masked_BSR) if always_active else masked_BSR
-    indices_BSC = _largest(jax.lax.stop_gradient(wanted_BSR), choices)
+    indices_BSC = checkpoint_name(_largest(jax.lax.stop_gradient(wanted_BSR), choices), DECISIONS)
     chosen_BSCR = jax.nn.one_hot(indices_BSC, experts, dtype=dtype)
     weights_BSC = (w_BSR[:, :, None, :] * chosen_BSCR).sum(-1)  # a gather whose transpose is not a scatter
     if normalize:

@@ -15,12 +15,20 @@ from emo_jax.model.attention import Attention, KeyValues, Past
 from emo_jax.model.config import ModelConfig, PoolConfig
 from emo_jax.model.layers import FeedForward, rms_norm, scale, weight
 from emo_jax.model.moe import MixtureOfExperts
-from emo_jax.model.routing import Kept, PoolDraws, Routing
+from emo_jax.model.routing import DECISIONS, Kept, PoolDraws, Routing
+from emo_jax.parallel import COMBINED, DISPATCHED, EXPERTS, MeshConfig, lookup
 
-REMAT: dict[str, Callable[..., bool] | None] = {
-    "full": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+_named = jax.checkpoint_policies.save_only_these_names
+REMAT: dict[str, Callable[..., bool]] = {
+    "none": jax.checkpoint_policies.save_anything_except_these_names(EXPERTS),
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _named(DECISIONS)
+    ),
+    "exchange": _named(DECISIONS, DISPATCHED, COMBINED),
+    "full": _named(DECISIONS),
 }
+"""What the backward pass keeps of a layer. What the router decided is always kept: decided again, a near tie could fall
+the other way."""
 
 
 class Block(nnx.Module):
@@ -107,6 +115,7 @@ class Transformer(nnx.Module):
         voters_BS: jax.Array | None = None,
         documents: int = 1,
         mesh: Mesh | None = None,
+        exchange: MeshConfig | None = None,
         implementation: str | None = None,
         kept: Sequence[Kept] | None = None,
     ) -> tuple[jax.Array, list[Routing], list[KeyValues]]:
@@ -118,7 +127,8 @@ class Transformer(nnx.Module):
           pool, draws: document pools; None for none.
           voters_BS: bool, the tokens whose router probabilities choose the pools; None: all of a document.
           documents: G, the largest document id.
-          mesh: rows are split over its devices, whose platform chooses how they attend; None: the default device.
+          mesh: tokens are split over its devices, whose platform chooses how they attend; None: the default device.
+          exchange: how tokens reach experts on other devices of it; None: by default.
           implementation: of `kernels.experts`; None: the default backend's best.
           kept: the subset of experts in each mixture layer; None: all.
 
@@ -127,7 +137,7 @@ class Transformer(nnx.Module):
           to, one a layer (the cache of `past`, where there is one, with this token's).
         """
         pool = None if pool is None or pool.kind == "none" else pool
-        x_BSD = self.embedding[...][tokens_BS].astype(self.config.dtype)
+        x_BSD = lookup(self.embedding[...], tokens_BS, self.config.dtype, mesh)
         routings: list[Routing] = []
         seen: list[KeyValues] = []
         for block in self.layers.values():
@@ -139,6 +149,7 @@ class Transformer(nnx.Module):
                 "voters_BS": voters_BS,
                 "documents": documents,
                 "mesh": mesh,
+                "exchange": exchange,
                 "implementation": implementation,
                 "kept": kept[len(routings)] if kept is not None else None,
             }
@@ -146,7 +157,7 @@ class Transformer(nnx.Module):
             def run(state, x_BSD, draws, graph=graph, context=context):
                 return nnx.merge(graph, state)(x_BSD, document_ids_BS, positions_BS, draws=draws, **context)
 
-            if self.config.remat != "none":
+            if self.config.remat != "none" or (mesh is not None and mesh.size > 1):
                 run = jax.checkpoint(run, policy=REMAT[self.config.remat])
             x_BSD, routing, own = run(state, x_BSD, draws if pool else None)
             seen.append(own)

@@ -1,17 +1,33 @@
 """Where does it live? The device mesh, and one table from what an array axis means to where it is split."""
 
 from emo_jax.parallel.config import MeshConfig
-from emo_jax.parallel.exchange import map_experts, ring_load
-from emo_jax.parallel.sharding import batch_sharding, make_mesh, map_rows, param_sharding, put_rows, replicated
+from emo_jax.parallel.embedding import lookup
+from emo_jax.parallel.exchange import COMBINED, DISPATCHED, EXPERTS, map_experts, rank_load
+from emo_jax.parallel.sharding import (
+    TOKENS,
+    batch_sharding,
+    make_mesh,
+    map_tokens,
+    param_sharding,
+    put_rows,
+    replicated,
+    width_axes,
+)
 
 __all__ = [
+    "COMBINED",
+    "DISPATCHED",
+    "EXPERTS",
+    "TOKENS",
     "MeshConfig",
     "batch_sharding",
+    "lookup",
     "make_mesh",
     "map_experts",
-    "map_rows",
+    "map_tokens",
     "param_sharding",
     "put_rows",
+    "rank_load",
     "replicated",
-    "ring_load",
+    "width_axes",
 ]

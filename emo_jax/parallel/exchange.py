@@ -1,126 +1,281 @@
-"""Tokens to the ranks that hold their experts, and back: expert parallelism as a ring.
+"""Tokens to the ranks that hold their experts, and back: expert parallelism without a dropped token.
 
-Every rank of the `expert` axis receives the tokens of all of them (all-gather), computes its own experts' share of the
-result, and the shares are added where the tokens came from (reduce-scatter). A token crosses the axis once in each
-direction whatever its number of choices: fewer bytes than sending each choice as long as there are no more ranks than
-choices.
+Two transports over the `expert` axis, each in rounds of a fixed buffer. With the ring, every rank receives the tokens
+of all (all-gather), computes its own experts' share of the result, and shares are added where the tokens came from
+(reduce-scatter): a token crosses once in each direction whatever its number of choices. With the all-to-all, a row
+crosses for each choice, to the rank of its expert alone.
 
-Letters: B rows, S sequence, T tokens of a rank, D width, C choices, R routed experts, X ranks, F expert hidden.
+Letters: B rows, S sequence, T tokens of a device, D width, C choices, R routed experts, X ranks, F expert hidden,
+M choices in expert order, N devices.
 """
 
+import functools
 import math
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 
-from emo_jax.parallel.sharding import ROW_AXES
-
-BUFFER = 1.5
-"""Choices that a rank computes in a round, as a multiple of what balanced experts would give it."""
+from emo_jax.kernels.experts.dispatch import combine, dispatch, dispatch_weights, plan
+from emo_jax.parallel.config import AXES, MeshConfig
+from emo_jax.parallel.sharding import TOKENS, WIDTH_AXES, width_axes
 
 Compute = Callable[..., jax.Array]
 """(x_TD, indices_TC, weights_TC, gate_RDF, up_RDF, down_RFD, filled=most choices with an expert) → y_TD."""
 
+DISPATCHED, COMBINED, EXPERTS = "dispatched", "combined", "experts"
+"""Names for remat policies: tokens that arrived at their experts, what came back, and weights gathered for a layer."""
 
-def map_experts(compute: Compute, mesh: Mesh | None, buffer: float = BUFFER) -> Callable[..., jax.Array]:
-    """Runs routed experts on every device's own rows, with each rank of the `expert` axis computing its own experts.
+
+def best_exchange(ranks: int, choices: int) -> str:
+    """The transport that sends fewer bytes: T·(X−1) rows against T·C·(X−1)/X, in each direction."""
+    return "ring" if ranks <= choices else "all_to_all"
+
+
+def map_experts(
+    compute: Compute, mesh: Mesh | None, config: MeshConfig
+) -> Callable[..., tuple[jax.Array, jax.Array | None]]:
+    """Runs routed experts on every device's own tokens, with each rank of the `expert` axis computing its own experts.
 
     Args:
       compute: the experts of some tokens; an index of R, one past the last, is a choice without.
       mesh: None, or one device: `compute` itself.
-      buffer: see `BUFFER`. Rounds go on until all choices are done: no token is ever dropped. How many are needed is
-        each rank's own affair, since no collective is inside one.
+      config: its transport, buffer and chunks; its chunks must divide a device's tokens.
 
     Returns:
-      (x_BSD, indices_BSC, weights_BSC, gate_RDF, up_RDF, down_RFD) → y_BSD, weights as every device sees them whole.
+      (x_BSD, indices_BSC, weights_BSC, gate_RDF, up_RDF, down_RFD) → y_BSD, and the choices that arrived on each
+      device, int32 [N, chunks], or None where no device computes for others. Weights are as every device sees them
+      whole.
     """
+    ranks = mesh.shape["expert"] if mesh is not None else 1
+
+    def chunked(
+        share: Callable[..., Any], x_BSD: jax.Array, indices_BSC: jax.Array, weights_BSC: jax.Array
+    ) -> list[tuple]:
+        """The results of `share`, of one part of the tokens after another."""
+        flat = [a.reshape(config.chunks, -1, a.shape[-1]) for a in (x_BSD, indices_BSC, weights_BSC)]
+        return [share(*(a[i] for a in flat)) for i in range(config.chunks)]
 
     def whole(x_BSD: jax.Array, indices_BSC: jax.Array, weights_BSC: jax.Array, *experts: jax.Array) -> jax.Array:
-        flat = [a.reshape(-1, a.shape[-1]) for a in (x_BSD, indices_BSC, weights_BSC)]
-        return compute(*flat, *experts).reshape(x_BSD.shape)
+        parts = chunked(lambda *some: compute(*some, *experts), x_BSD, indices_BSC, weights_BSC)
+        return jnp.concatenate(parts).reshape(x_BSD.shape)
 
     if mesh is None or mesh.size == 1:
-        return whole
-    ranks, shards = mesh.shape["expert"], mesh.shape["fsdp"] * mesh.shape["expert"]
+        return lambda *args: (whole(*args), None)
 
     def own_experts(w: jax.Array, axis: int, split: bool) -> jax.Array:
         """This rank's experts, whole; what rests split by width is exchanged here, so that gradients are scattered."""
         if split and ranks > 1:
             w = jax.lax.all_to_all(w, "expert", split_axis=0, concat_axis=axis, tiled=True)
         if split:
-            w = jax.lax.all_gather(w, "fsdp", axis=axis, tiled=True)
+            w = jax.lax.all_gather(w, ("fsdp", "context"), axis=axis, tiled=True)
         # A custom_vjp inside needs weights that vary like the rows; pcast transposes to the sum over devices.
-        return jax.lax.pcast(w, ("data",) if split else ("data", "fsdp"), to="varying")
+        return jax.lax.pcast(checkpoint_name(w, EXPERTS), ("data",) if split else ("data", "fsdp", "context"), to="varying")
 
-    def ring(x_BSD: jax.Array, indices_BSC: jax.Array, weights_BSC: jax.Array, *own: jax.Array) -> jax.Array:
-        x_TD, indices_TC, weights_TC = (
-            jax.lax.all_gather(a.reshape(-1, a.shape[-1]), "expert", axis=0, tiled=True)
-            for a in (x_BSD, indices_BSC, weights_BSC)
-        )
-        count = own[0].shape[0]
-        own_TC = indices_TC - jax.lax.axis_index("expert") * count
-        here_TC = (own_TC >= 0) & (own_TC < count)
-        place_TC = jnp.cumsum(here_TC.reshape(-1)).reshape(here_TC.shape) - 1
-        size = math.ceil(buffer * indices_TC.size / ranks)
+    def exchanged(
+        x_BSD: jax.Array, indices_BSC: jax.Array, weights_BSC: jax.Array, *own: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        choices = indices_BSC.shape[-1]
+        kind = best_exchange(ranks, choices) if config.exchange == "auto" else config.exchange
+        size = buffer_size(indices_BSC.size // config.chunks, ranks, config.buffer)
+        transport = _ring if kind == "ring" else functools.partial(_all_to_all, ragged=platform != "cpu")
+        share = functools.partial(transport, compute, size, own)
+        y, loads = zip(*chunked(share, x_BSD, indices_BSC, weights_BSC), strict=True)
+        return checkpoint_name(jnp.concatenate(y).reshape(x_BSD.shape), COMBINED), jnp.stack(loads)[None]
 
-        def share(turn: jax.Array) -> jax.Array:
-            some_TC = jnp.where(here_TC & (place_TC // size == turn), own_TC, count)
-            return compute(x_TD, some_TC, weights_TC, *own, filled=size)
+    platform = mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else ""
 
-        y_TD = share(jnp.int32(0))
-        turns = math.ceil(indices_TC.size / size)
-        if turns > 1:
-            left = here_TC.sum()
-
-            def another(y_TD: jax.Array, turn: jax.Array) -> tuple[jax.Array, None]:
-                # Recomputed for the backward pass, so that rounds that seldom happen keep nothing.
-                run = jax.checkpoint(lambda turn: jax.lax.cond(left > turn * size, share, nothing, turn))
-                return y_TD + run(turn), None
-
-            def nothing(turn: jax.Array) -> jax.Array:
-                return jnp.zeros_like(x_TD)
-
-            y_TD, _ = jax.lax.scan(another, y_TD, jnp.arange(1, turns, dtype=jnp.int32))
-        y_TD = jax.lax.psum_scatter(y_TD, "expert", scatter_dimension=0, tiled=True)
-        return y_TD.reshape(x_BSD.shape)
-
-    def mapped(x_BSD: jax.Array, indices_BSC: jax.Array, weights_BSC: jax.Array, *experts: jax.Array) -> jax.Array:
+    def mapped(
+        x_BSD: jax.Array, indices_BSC: jax.Array, weights_BSC: jax.Array, *experts: jax.Array
+    ) -> tuple[jax.Array, jax.Array | None]:
         routed, axes = len(experts[0]), (1, 1, 2)  # where the width D is in gate, up and down
-        split = x_BSD.shape[-1] % shards == 0
+        split = bool(width_axes(mesh, x_BSD.shape[-1]))
         spare = -routed % ranks  # experts that no token chooses; a choice without an expert lies behind them
         experts = tuple(jnp.pad(w, ((0, spare), (0, 0), (0, 0))) for w in experts)
         indices_BSC = jnp.where(indices_BSC == routed, routed + spare, indices_BSC)
 
-        def local(x_BSD: jax.Array, indices_BSC: jax.Array, weights_BSC: jax.Array, *experts: jax.Array) -> jax.Array:
-            own = [own_experts(w, axis, split) for w, axis in zip(experts, axes, strict=True)]
-            return (ring if ranks > 1 else whole)(x_BSD, indices_BSC, weights_BSC, *own)
+        def local(x_BSD: jax.Array, indices_BSC: jax.Array, weights_BSC: jax.Array, *experts: jax.Array) -> Any:
+            own = tuple(own_experts(w, axis, split) for w, axis in zip(experts, axes, strict=True))
+            return (exchanged if ranks > 1 else whole)(x_BSD, indices_BSC, weights_BSC, *own)
 
-        rows = PartitionSpec(ROW_AXES)
-        rest = [
-            PartitionSpec(*(None,) * axis, ("fsdp", "expert")) if split else PartitionSpec("expert") for axis in axes
-        ]
-        run = jax.shard_map(local, mesh=mesh, in_specs=(rows, rows, rows, *rest), out_specs=rows)
-        return run(x_BSD, indices_BSC, weights_BSC, *experts)
+        rest = [PartitionSpec(*(None,) * axis, WIDTH_AXES) if split else PartitionSpec("expert") for axis in axes]
+        out_specs = (TOKENS, PartitionSpec(AXES)) if ranks > 1 else TOKENS
+        run = jax.shard_map(local, mesh=mesh, in_specs=(TOKENS, TOKENS, TOKENS, *rest), out_specs=out_specs)
+        results = run(x_BSD, indices_BSC, weights_BSC, *experts)
+        return results if ranks > 1 else (results, None)
 
     return mapped
 
 
-def ring_load(counts_BR: jax.Array, mesh: Mesh, choices: int, parts: int = 1, buffer: float = BUFFER) -> jax.Array:
+def buffer_size(choices: int, ranks: int, buffer: float) -> int:
+    """Choices that a rank computes in a round, where each of X ranks sends out T·C of them: no more than all."""
+    return min(math.ceil(buffer * choices), ranks * choices)
+
+
+def rank_load(loads_NC: jax.Array, mesh: Mesh, choices: int, buffer: float) -> jax.Array:
     """How unevenly a layer's choices fell on the ranks: [2], the fullest rank over the mean, and the rounds it took.
 
     Args:
-      counts_BR: of the step's rows, how many choices each expert got.
+      loads_NC: int32, choices that arrived on each device, in each chunk of its tokens; microbatches one after another.
       mesh: where the step ran.
-      choices: S·C, of a row, those without an expert included.
-      parts: microbatches, whose rows follow one another.
-      buffer: see `map_experts`.
+      choices: T·C, of a device's chunk, those without an expert included.
+      buffer: the config's.
     """
-    ranks = mesh.shape["expert"]
-    rings = parts * mesh.size // ranks  # neighbours in a batch share a ring
-    rows, experts = counts_BR.shape
-    padded_BR = jnp.pad(counts_BR, ((0, 0), (0, -experts % ranks)))
-    load = padded_BR.reshape(rings, rows // rings, ranks, -1).sum((1, 3))
-    size = math.ceil(buffer * (rows // rings) * choices / ranks)
-    return jnp.stack([(load.max(1) / jnp.maximum(load.mean(1), 1e-9)).max(), jnp.ceil(load.max() / size)])
+    ranks, parts = mesh.shape["expert"], mesh.shape["context"]
+    loads = loads_NC.reshape(-1, ranks, parts, loads_NC.shape[-1])
+    worst = (loads.max(1) / jnp.maximum(loads.mean(1), 1e-9)).max()
+    return jnp.stack([worst, jnp.ceil(loads.max() / buffer_size(choices, ranks, buffer))])
+
+
+Arrays = tuple[jax.Array, ...]
+"""x_TD, weights_TC, gate_RDF, up_RDF, down_RFD: what has a gradient."""
+
+
+def _in_rounds(one_round: Callable[[jax.Array, Any, Arrays], jax.Array], most: int) -> Callable[..., jax.Array]:
+    """(rounds, route, arrays) → the sum of `one_round(turn, route, arrays)` over the first so many turns.
+
+    The first is differentiated as usual, and what remat policies name in it can be kept. Whether there are more is
+    known only as the step runs; they keep nothing for the backward pass, which runs them again.
+    """
+    first = functools.partial(one_round, jnp.int32(0))
+    if most <= 1:
+        return lambda rounds, route, arrays: first(route, arrays)
+
+    def further(rounds: jax.Array, total: Any, addend: Callable[[jax.Array], Any]) -> Any:
+        def body(carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+            return carry[0] + 1, jax.tree.map(jnp.add, carry[1], addend(carry[0]))
+
+        return jax.lax.while_loop(lambda carry: carry[0] < rounds, body, (jnp.int32(1), total))[1]
+
+    @jax.custom_vjp
+    def run(rounds: jax.Array, route: Any, arrays: Arrays) -> jax.Array:
+        return further(rounds, first(route, arrays), lambda turn: one_round(turn, route, arrays))
+
+    def forward(rounds: jax.Array, route: Any, arrays: Arrays) -> tuple[jax.Array, tuple]:
+        y, pull = jax.vjp(functools.partial(first, route), arrays)
+        y = further(rounds, y, lambda turn: one_round(turn, route, arrays))
+        return y, (rounds, route, arrays, pull)
+
+    def backward(saved: tuple, g: jax.Array) -> tuple:
+        rounds, route, arrays, pull = saved
+
+        def again(turn: jax.Array) -> Arrays:
+            return jax.vjp(functools.partial(one_round, turn, route), arrays)[1](g)[0]
+
+        grads = further(rounds, pull(g)[0], again)
+        return *jax.tree.map(lambda a: np.zeros(a.shape, jax.dtypes.float0), (rounds, route)), grads
+
+    run.defvjp(forward, backward)
+    return run
+
+
+def _ring(
+    compute: Compute, size: int, own: Arrays, x_TD: jax.Array, indices_TC: jax.Array, weights_TC: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """This device's tokens through all ranks' experts, and the choices that arrived here."""
+    x, indices, weights = (
+        checkpoint_name(jax.lax.all_gather(a, "expert", axis=0, tiled=True), DISPATCHED)
+        for a in (x_TD, indices_TC, weights_TC)
+    )
+    count = own[0].shape[0]
+    own_TC = indices - jax.lax.axis_index("expert") * count
+    here_TC = (own_TC >= 0) & (own_TC < count)
+    place_TC = jnp.cumsum(here_TC.reshape(-1), dtype=jnp.int32).reshape(here_TC.shape) - 1
+    round_TC = jnp.where(here_TC, place_TC // size, -1)
+
+    def share(turn: jax.Array, route: tuple[jax.Array, jax.Array], arrays: Arrays) -> jax.Array:
+        round_TC, own_TC = route
+        x, weights, *own = arrays
+        return compute(x, jnp.where(round_TC == turn, own_TC, count), weights, *own, filled=size)
+
+    load = here_TC.sum(dtype=jnp.int32)
+    run = _in_rounds(share, math.ceil(indices.size / size))
+    y = run(-(-load // size), (round_TC, own_TC), (x, weights, *own))
+    return jax.lax.psum_scatter(y, "expert", scatter_dimension=0, tiled=True), load
+
+
+class _Segments(NamedTuple):
+    """Rows that each rank sends to each: how many, from where in the sender's rows, to where in the receiver's."""
+
+    size_XX: jax.Array
+    source_XX: jax.Array
+    target_XX: jax.Array
+
+    def back(self) -> "_Segments":
+        return _Segments(self.size_XX.T, self.target_XX.T, self.source_XX.T)
+
+
+def _all_to_all(
+    compute: Compute,
+    size: int,
+    own: Arrays,
+    x_TD: jax.Array,
+    indices_TC: jax.Array,
+    weights_TC: jax.Array,
+    ragged: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """As `_ring`, with a row for each choice, sent to the rank of its expert alone."""
+    ranks, count, choices = jax.lax.axis_size("expert"), own[0].shape[0], indices_TC.size
+    order = plan(indices_TC, ranks * count, 1)
+    sent_XR = jax.lax.all_gather(order.counts_R, "expert")
+    sent_XX = sent_XR.reshape(ranks, ranks, count).sum(2)
+    queue_XX = jnp.cumsum(sent_XX, axis=0) - sent_XX  # behind what earlier ranks send to the same
+    source_XX = jnp.cumsum(sent_XX, axis=1) - sent_XX
+    # What arrives here lies in the order of its sender, then its expert.
+    arriving_XR = jax.lax.dynamic_slice_in_dim(sent_XR, jax.lax.axis_index("expert") * count, count, axis=1)
+    load = arriving_XR.sum()
+    rounds = jax.lax.pmax(-(-sent_XX.sum(0).max() // size), ("data", "fsdp", "context"))  # all take part in each
+
+    def share(turn: jax.Array, route: tuple, arrays: Arrays) -> jax.Array:
+        order, sent_XX, queue_XX, source_XX, arriving_XR = route
+        x_TD, weights_TC, *own = arrays
+        low, high = (jnp.clip(q, turn * size, (turn + 1) * size) for q in (queue_XX, queue_XX + sent_XX))
+        segments = _Segments(high - low, source_XX + low - queue_XX, low - turn * size)
+        place_M = turn * size + jnp.arange(size, dtype=jnp.int32)
+        bounds = jnp.cumsum(arriving_XR.reshape(-1))
+        expert_M = jnp.searchsorted(bounds, place_M, side="right").astype(jnp.int32) % count
+        expert_M = jnp.where(place_M < bounds[-1], expert_M, count)
+        weight_M1 = dispatch_weights(weights_TC, order)[:, None]
+        there, weight_M1 = (
+            checkpoint_name(_move(ragged, size, rows, segments), DISPATCHED)
+            for rows in (dispatch(x_TD, order), weight_M1)
+        )
+        y_MD = compute(there, expert_M[:, None], weight_M1, *own, filled=size)
+        return combine(_move(ragged, choices, y_MD, segments.back()), order)
+
+    run = _in_rounds(share, math.ceil(ranks * choices / size))
+    return run(rounds, (order, sent_XX, queue_XX, source_XX, arriving_XR), (x_TD, weights_TC, *own)), load
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _move(ragged: bool, size: int, rows_MD: jax.Array, segments: _Segments) -> jax.Array:
+    """Rows to other ranks, [size, D] that arrived here; 0 where none did. Its transpose moves them back."""
+    me = jax.lax.axis_index("expert")
+    count_XX, source_XX, target_XX = segments
+    if ragged:
+        empty_MD = jax.lax.pcast(jnp.zeros((size, rows_MD.shape[1]), rows_MD.dtype), AXES, to="varying")
+        given = [a.astype(jnp.int32) for a in (source_XX[me], count_XX[me], target_XX[me], count_XX[:, me])]
+        return jax.lax.ragged_all_to_all(rows_MD, empty_MD, *given, axis_name="expert")
+    # What a CPU lacks, padded: to each rank its whole buffer, empty but for what is sent from here.
+    place_XM = jnp.arange(size, dtype=jnp.int32)[None] - target_XX[me][:, None]
+    held_XM = (place_XM >= 0) & (place_XM < count_XX[me][:, None])
+    index_XM = jnp.where(held_XM, source_XX[me][:, None] + place_XM, len(rows_MD))
+    sent_XMD = rows_MD.at[index_XM].get(mode="fill", fill_value=0)
+    return jax.lax.all_to_all(sent_XMD, "expert", split_axis=0, concat_axis=0, tiled=True).sum(0)
+
+
+def _move_fwd(ragged: bool, size: int, rows_MD: jax.Array, segments: _Segments) -> tuple[jax.Array, tuple]:
+    return _move(ragged, size, rows_MD, segments), (rows_MD[:, :0], segments)
+
+
+def _move_bwd(ragged: bool, size: int, saved: tuple, g_MD: jax.Array) -> tuple[jax.Array, _Segments]:
+    rows_M0, segments = saved
+    back = _move(ragged, len(rows_M0), g_MD, segments.back())
+    return back, jax.tree.map(lambda a: np.zeros(a.shape, jax.dtypes.float0), segments)
+
+
+_move.defvjp(_move_fwd, _move_bwd)

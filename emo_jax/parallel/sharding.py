@@ -6,17 +6,22 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from emo_jax.errors import require
 from emo_jax.parallel.config import AXES, MeshConfig
 
-ROW_AXES = AXES
+ROW_AXES = ("data", "fsdp", "expert")
 """Mesh axes that the rows of a batch are split over."""
+TOKENS = PartitionSpec(ROW_AXES, "context")
+"""Of arrays that begin with [B, S]."""
+WIDTH_AXES = ("fsdp", "context", "expert")
+"""Mesh axes that parameters are split over, by the width D of the residual stream."""
 
 RULES: dict[str, tuple[str, ...] | None] = {
     "vocab": None,
-    "embed": ("fsdp", "expert"),
+    "embed": WIDTH_AXES,
     "heads": None,
     "head": None,
     "mlp": None,
@@ -31,38 +36,101 @@ rank's memory is spare. A step moves them to the ranks that compute them (`excha
 """
 
 
-def make_mesh(config: MeshConfig, rows: int, devices: Sequence[Any] | None = None) -> Mesh:
-    """Lays out `devices` (default: all) as data × fsdp × expert.
+def make_mesh(
+    config: MeshConfig,
+    rows: int,
+    devices: Sequence[Any] | None = None,
+    *,
+    length: int | None = None,
+    experts: Sequence[int] = (),
+) -> Mesh:
+    """Lays out `devices` (default: all) as data × fsdp × expert × context.
+
+    On TPUs, neighbours in the mesh are neighbours in the torus where its shape allows; several slices are told apart
+    along `data`.
 
     Args:
       config: axis sizes; an axis of −1 takes what the others leave.
       rows: rows of a microbatch, which the mesh must divide.
       devices: real devices, or those of a compile-only topology.
+      length: S, tokens of a row; None: one that any number of parts divides.
+      experts: routed experts of each mixture layer.
 
     Raises:
-      UserError: where the axes do not multiply to the devices or do not divide the rows.
+      UserError: where the axes do not multiply to the devices, or do not divide the rows, their tokens or the experts.
     """
     devices = jax.devices() if devices is None else devices
     n = len(devices)
     sizes = {name: getattr(config, name) for name in AXES}
+    divisors = [d for d in range(1, n + 1) if n % d == 0]
     for name, size in sizes.items():
-        divisors = [d for d in range(1, n + 1) if n % d == 0]
         require(
             size == -1 or n % size == 0, f"mesh.{name}={size} does not divide the {n} devices; try one of {divisors}."
         )
     given = math.prod(size for size in sizes.values() if size != -1)
     sizes = {name: max(n // given, 1) if size == -1 else size for name, size in sizes.items()}
-    words = " × ".join(f"mesh.{name}={size}" for name, size in sizes.items() if size != 1 or name != "expert")
-    others = sizes["fsdp"] * sizes["expert"]
-    hint = f"set mesh.data=-1 for {n // others}" if n % others == 0 else "lower mesh.fsdp or mesh.expert"
+    words = " × ".join(f"mesh.{name}={size}" for name, size in sizes.items() if size != 1 or name in ("data", "fsdp"))
+    others = math.prod(sizes.values()) // sizes["data"]
+    hint = f"set mesh.data=-1 for {n // others}" if n % others == 0 else "lower mesh.fsdp, mesh.expert or mesh.context"
     require(math.prod(sizes.values()) == n, f"{words} must equal the {n} devices; {hint}.")
+    groups = n // sizes["context"]
     require(
-        rows % n == 0,
-        f"data.batch_size / train.microbatches = {rows} rows must be a multiple of the {n} devices; "
-        f"the nearest is {max(n, round(rows / n) * n)}.",
+        rows % groups == 0,
+        f"data.batch_size / train.microbatches = {rows} rows must be a multiple of the {groups} "
+        f"{'devices' if groups == n else 'groups of devices that share rows'}; "
+        f"the nearest is {max(groups, round(rows / groups) * groups)}.",
     )
-    axis_types = (AxisType.Auto,) * len(AXES)  # jax.make_mesh alone defaults to explicit axes
-    return Mesh(np.asarray(devices).reshape(*sizes.values()), AXES, axis_types=axis_types)
+    _check_tokens(config, sizes, rows // groups, length)
+    fewest = min(experts, default=sizes["expert"])
+    require(
+        sizes["expert"] <= fewest,
+        f"mesh.expert={sizes['expert']} ranks are more than the {fewest} routed experts of a layer; "
+        f"try one of {[d for d in divisors if d <= fewest]}.",
+    )
+    return Mesh(_arranged(devices, sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _check_tokens(config: MeshConfig, sizes: dict[str, int], rows: int, length: int | None) -> None:
+    if length is None:
+        return
+    parts = sizes["context"]
+    require(
+        length % parts == 0,
+        f"mesh.context={parts} does not divide data.sequence_length={length}; try {_nearest_divisors(parts, length)}.",
+    )
+    tokens = rows * length // parts
+    require(
+        tokens % config.chunks == 0,
+        f"mesh.chunks={config.chunks} does not divide the {tokens} tokens of a device; "
+        f"try {_nearest_divisors(config.chunks, tokens)}.",
+    )
+
+
+def _nearest_divisors(n: int, total: int) -> str:
+    below, above = ([d for d in some if total % d == 0] for some in (range(n, 0, -1), range(n, total + 1)))
+    return " or ".join(str(found[0]) for found in (below, above) if found)
+
+
+def _arranged(devices: Sequence[Any], sizes: dict[str, int]) -> np.ndarray:
+    shape = tuple(sizes.values())
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if devices[0].platform != "tpu":
+        return np.asarray(devices).reshape(shape)
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    require(
+        sizes["data"] % slices == 0,
+        f"mesh.data={sizes['data']} must be a multiple of the {slices} slices, which only replicas can span; "
+        f"set mesh.data={slices}, or -1 for the rest.",
+    )
+    inside = (sizes["data"] // slices, *shape[1:])
+    across = (slices, 1, 1, 1)
+    return mesh_utils.create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=True)
+
+
+def width_axes(mesh: Mesh, width: int) -> tuple[str, ...]:
+    """`WIDTH_AXES` where they split parameters of this width evenly, else none."""
+    return WIDTH_AXES if width % math.prod(mesh.shape[axis] for axis in WIDTH_AXES) == 0 else ()
 
 
 def param_sharding(mesh: Mesh, logical_axes: PartitionSpec, shape: tuple[int, ...]) -> NamedSharding:
@@ -87,8 +155,8 @@ def param_sharding(mesh: Mesh, logical_axes: PartitionSpec, shape: tuple[int, ..
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over every device; for arrays whose first axis is B."""
-    return NamedSharding(mesh, PartitionSpec(ROW_AXES))
+    """Rows over data × fsdp × expert, their tokens over context; for arrays that begin with [B, S]."""
+    return NamedSharding(mesh, TOKENS)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -96,38 +164,58 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def map_rows(
-    fn: Callable[..., Any], mesh: Mesh | None, *, row_args: int, total: bool = False, check_vma: bool = True
+def map_tokens(
+    fn: Callable[..., Any],
+    mesh: Mesh | None,
+    *,
+    token_args: int,
+    weights: Sequence[PartitionSpec] = (),
+    total: bool = False,
+    check_vma: bool = True,
 ) -> Callable[..., Any]:
-    """Runs `fn` on each device's own rows.
+    """Runs `fn` on each device's own tokens.
 
     Args:
-      fn: its first `row_args` arguments and its results have the rows B first; the rest are weights,
-        which every device sees whole and whose gradients are summed over devices.
+      fn: its first `token_args` arguments and its results begin with [B, S]; the rest are weights.
       mesh: None, or one device: `fn` itself.
-      row_args: how many leading arguments are split.
-      total: the results are sums over the rows instead, and are added over devices.
-      check_vma: as in `jax.shard_map`; False only where all arguments are rows, so that no gradient is a sum over
+      token_args: how many leading arguments are split.
+      weights: how each of the others reaches a device; missing ones are whole. Their gradients are summed over the
+        devices that see the same.
+      total: the results are sums over the tokens instead, and are added over devices.
+      check_vma: as in `jax.shard_map`; False only where all arguments are tokens, so that no gradient is a sum over
         devices.
     """
     if mesh is None or mesh.size == 1:
         return fn
 
-    def local(*args: jax.Array) -> Any:
-        # A custom_vjp inside needs weights that vary like the rows; pcast transposes to the sum over devices.
-        weights = [jax.lax.pcast(w, ROW_AXES, to="varying") for w in args[row_args:]]
-        results = fn(*args[:row_args], *weights)
-        return jax.lax.psum(results, ROW_AXES) if total else results
+    def whole_along(spec: PartitionSpec) -> tuple[str, ...]:
+        used = [axis for entry in spec for axis in ((entry,) if isinstance(entry, str) else entry or ())]
+        return tuple(axis for axis in AXES if axis not in used)
 
     def mapped(*args: jax.Array) -> Any:
-        specs = tuple(PartitionSpec(ROW_AXES) if i < row_args else PartitionSpec() for i in range(len(args)))
-        out_specs = PartitionSpec() if total else PartitionSpec(ROW_AXES)
+        given = (*weights, *(PartitionSpec(),) * (len(args) - token_args - len(weights)))
+
+        def local(*args: jax.Array) -> Any:
+            # A custom_vjp inside needs weights that vary like the tokens; pcast transposes to the sum over devices.
+            pairs = zip(args[token_args:], given, strict=True)
+            own = [jax.lax.pcast(w, whole_along(spec), to="varying") for w, spec in pairs]
+            results = fn(*args[:token_args], *own)
+            return jax.lax.psum(results, AXES) if total else results
+
+        specs = (*(TOKENS,) * token_args, *given)
+        out_specs = PartitionSpec() if total else TOKENS
         return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=out_specs, check_vma=check_vma)(*args)
 
     return mapped
 
 
 def put_rows(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's rows of a batch as its part of global arrays, split by rows."""
-    sharding = batch_sharding(mesh)
-    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
+    """This process's rows of a batch as its part of global arrays: split as `batch_sharding` says, or by rows alone
+    where an array has no value a token."""
+    length = batch["tokens"].shape[1]
+
+    def put(array: np.ndarray) -> jax.Array:
+        spec = TOKENS if array.shape[1] == length else PartitionSpec(ROW_AXES)
+        return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), array)
+
+    return {name: put(array) for name, array in batch.items()}

@@ -22,12 +22,12 @@ from emo_jax.data import TokenStore, heldout_batches, prepare_store, train_batch
 from emo_jax.errors import UserError, require
 from emo_jax.evaluation import HeldoutLoss, make_heldout_loss
 from emo_jax.model import active_parameters, flops_per_token, total_parameters
-from emo_jax.parallel import make_mesh, put_rows
+from emo_jax.parallel import put_rows
 from emo_jax.training.alarms import Alarms, message
 from emo_jax.training.checkpoints import Checkpoints, same_run, saved_steps
 from emo_jax.training.metrics import PEAK_FLOPS, MetricsLog, Progress, check_wandb, to_numbers
 from emo_jax.training.start import check_origin, continue_run, initial_parameters
-from emo_jax.training.step import TrainState, init_state, make_train_step, state_shardings
+from emo_jax.training.step import TrainState, init_state, make_train_step, run_mesh, state_shardings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +71,7 @@ def train(
     """
     config.validate()
     check_wandb(config.train.wandb_project)
-    mesh = make_mesh(config.mesh, config.data.batch_size // config.train.microbatches)
+    mesh = run_mesh(config)
     with _only_process(run_dir), _full_disk(run_dir):
         return _train(config, run_dir, mesh, log, profile)
 
@@ -137,7 +137,7 @@ class _Run:
         self.config, self.run_dir, self.mesh, self.store = config, run_dir, mesh, store
         self.checkpoints, self.metrics, self.log = checkpoints, metrics, log
         self.progress = Progress(config.train.steps)
-        self.heldout_loss = make_heldout_loss(config.model, mesh, store.domains)
+        self.heldout_loss = make_heldout_loss(config.model, mesh, store.domains, config.mesh)
         self.heldout: HeldoutLoss | None = None
         self.tokens_per_step = config.data.batch_size * config.data.sequence_length
         self.profile, self.profiling = profile or (0, 0), False

@@ -20,10 +20,12 @@ class Sums(NamedTuple):
     Attributes:
       language: scalars, over loss tokens.
       routing: one `RoutingTotals` a mixture layer, still a value a row.
+      loads: one `Routing.load_NC` a mixture layer.
     """
 
     language: LanguageLoss
     routing: tuple[RoutingTotals, ...]
+    loads: tuple[jax.Array | None, ...]
 
 
 class Tokens(NamedTuple):

@@ -4,7 +4,7 @@ Letters: B rows, S sequence, L mixture layers, G documents a row.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,8 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from emo_jax.config import Config
 from emo_jax.kernels.experts import default_implementation
 from emo_jax.model import PoolDraws, abstract_parameters, bind, draw_pools, init_parameters, language_loss, logical_axes
-from emo_jax.parallel import batch_sharding, param_sharding, replicated, ring_load
-from emo_jax.parallel.sharding import ROW_AXES
+from emo_jax.parallel import TOKENS, batch_sharding, make_mesh, param_sharding, rank_load, replicated
 from emo_jax.training.frozen import trained, trained_shardings, with_trained
 from emo_jax.training.guard import choose, init_guard, judge
 from emo_jax.training.loss import Counted, Sums, Tokens, add_to_buffers, combine, routing_metrics
@@ -40,6 +39,13 @@ class TrainState(NamedTuple):
     params: dict[str, Any]
     opt_state: Any
     guard: Any
+
+
+def run_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh that a run's config asks for, over `devices` (default: all); see `make_mesh` for what it refuses."""
+    rows = config.data.batch_size // config.train.microbatches
+    experts = config.model.routed_experts
+    return make_mesh(config.mesh, rows, devices, length=config.data.sequence_length, experts=experts)
 
 
 def state_shardings(config: Config, mesh: Mesh) -> TrainState:
@@ -121,22 +127,28 @@ def make_gradients(
             draws=draws,
             documents=config.data.max_documents,
             mesh=mesh,
+            exchange=config.mesh,
             implementation=implementation,
         )
         language = language_loss(
             hidden_BSD, model.head[...], batch["targets"], batch["loss_mask"], config.train.logits_z_weight, mesh
         )
-        return Sums(language, tuple(routing.totals for routing in routings))
+        return Sums(language, tuple(r.totals for r in routings), tuple(r.load_NC for r in routings))
 
-    def split(x: jax.Array) -> jax.Array:
+    def split(rows: tuple[Batch, PoolDraws | None]) -> tuple[Batch, PoolDraws | None]:
         """Rows [B, ...] as [microbatch, B / microbatches, ...], each microbatch over all devices."""
-        parts = x.reshape(microbatches, -1, *x.shape[1:])
-        return jax.lax.with_sharding_constraint(parts, NamedSharding(mesh, PartitionSpec(None, ROW_AXES)))
 
-    def join(sums: Sums) -> Sums:
-        """Stacked microbatches as one set of rows."""
-        rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), sums.routing)
-        return Sums(jax.tree.map(jnp.sum, sums.language), rows)
+        def parts(x: jax.Array, spec: PartitionSpec) -> jax.Array:
+            x = x.reshape(microbatches, -1, *x.shape[1:])
+            return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(None, *spec)))
+
+        batch, draws = rows
+        batch = jax.tree.map(lambda x: parts(x, TOKENS), batch)
+        return batch, jax.tree.map(lambda x: parts(x, PartitionSpec(TOKENS[0])), draws)
+
+    def join(stacked: Any) -> Any:
+        """Microbatches as one set of rows."""
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), stacked)
 
     def whole_step(part: Any, params: Any, rows: tuple, tokens: Tokens) -> tuple[jax.Array, tuple]:
         """The loss from sums over the whole step: exact for the product f · p̄ of the global balance loss.
@@ -148,9 +160,10 @@ def make_gradients(
             sums = forward(part, params, *rows)
         else:
             run = jax.checkpoint(lambda some: forward(part, params, *some))
-            sums = join(jax.lax.map(run, jax.tree.map(split, rows)))
+            language, *stacked = jax.lax.map(run, split(rows))
+            sums = Sums(jax.tree.map(jnp.sum, language), *join(stacked))
         loss, parts = combine(config, sums, tokens)
-        return loss, (parts, sums.routing)
+        return loss, (parts, sums.routing, sums.loads)
 
     def accumulated(part: Any, params: Any, rows: tuple, tokens: Tokens) -> tuple:
         """Loss, parts, routing and gradients of scopes that a microbatch can see: its addends, summed."""
@@ -160,20 +173,18 @@ def make_gradients(
             buffers = add_to_buffers(buffers, jax.lax.stop_gradient(sums.routing))
             used = buffers if config.balance.scope == "buffer" else None
             loss, parts = combine(config, sums, tokens, used)
-            return loss, (parts, sums.routing, buffers)
+            return loss, (parts, (sums.routing, sums.loads), buffers)
 
         def body(carry: Any, some: Any) -> Any:
             total, buffers = carry
-            (loss, (parts, routing, buffers)), grads = jax.value_and_grad(addend, has_aux=True)(part, some, buffers)
-            return (jax.tree.map(jnp.add, total, grads), buffers), (loss, parts, routing)
+            (loss, (parts, stacked, buffers)), grads = jax.value_and_grad(addend, has_aux=True)(part, some, buffers)
+            return (jax.tree.map(jnp.add, total, grads), buffers), (loss, parts, stacked)
 
         dtype = jax.tree.leaves(part)[0].dtype
         empty = tuple(Counted(jnp.zeros(r, dtype), jnp.zeros((), dtype)) for r in config.model.routed_experts)
         start = (jax.tree.map(jnp.zeros_like, part), empty)
-        (grads, _), outputs = jax.lax.scan(body, start, jax.tree.map(split, rows))
-        losses, parts, routing = outputs
-        routing = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), routing)
-        return losses.sum(), jax.tree.map(lambda x: x.sum(0), parts), routing, grads
+        (grads, _), (losses, parts, stacked) = jax.lax.scan(body, start, split(rows))
+        return losses.sum(), jax.tree.map(lambda x: x.sum(0), parts), *join(stacked), grads
 
     def gradients(params: Any, batch: Batch, step: jax.Array) -> tuple[Any, dict[str, Any]]:
         draws = None
@@ -190,9 +201,10 @@ def make_gradients(
         part, rows = trained(config.optimizer, params), (batch, draws)
         tokens = Tokens(batch["loss_mask"].sum(), (batch["document_ids"] > 0).sum())
         if microbatches == 1 or config.balance.scope == "global":
-            (loss, (parts, routing)), grads = jax.value_and_grad(whole_step, has_aux=True)(part, params, rows, tokens)
+            compute = jax.value_and_grad(whole_step, has_aux=True)
+            (loss, (parts, routing, loads)), grads = compute(part, params, rows, tokens)
         else:
-            loss, parts, routing, grads = accumulated(part, params, rows, tokens)
+            loss, parts, routing, loads, grads = accumulated(part, params, rows, tokens)
         metrics = {"loss": loss, "loss_tokens": tokens.loss, "grad_norm": optax.tree.norm(grads)}
         metrics |= {name: parts[name] for name in ("cross_entropy", "logits_z")}
         empty_BS = batch["document_ids"] == 0
@@ -202,10 +214,11 @@ def make_gradients(
             layer_parts = {name: parts[name] for name in ("balance", "router_z")}
             metrics["routing"] = layer_parts | routing_metrics(jax.lax.stop_gradient(routing))
             if mesh.shape["expert"] > 1:
-                choices = config.data.sequence_length * config.model.num_choices
-                loads = [ring_load(totals.counts_BR, mesh, choices, microbatches) for totals in routing]
+                positions = config.data.batch_size * config.data.sequence_length // (microbatches * mesh.size)
+                choices = positions // config.mesh.chunks * config.model.num_choices
+                by_layer = [rank_load(load_NC, mesh, choices, config.mesh.buffer) for load_NC in loads]
                 names = ("rank_load_max_over_mean", "rank_rounds")
-                metrics["exchange"] = dict(zip(names, jnp.stack(loads, axis=1), strict=True))
+                metrics["exchange"] = dict(zip(names, jnp.stack(by_layer, axis=1), strict=True))
         return grads, metrics
 
     return gradients

@@ -16,7 +16,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_me
 
 from emo_jax.errors import UserError
 from emo_jax.kernels.attention import IMPLEMENTATIONS, default_implementation, document_attention, op, reference
-from emo_jax.parallel import MeshConfig, make_mesh, map_rows
+from emo_jax.parallel import MeshConfig, make_mesh, map_tokens
 
 SEEDS = st.integers(0, 2**32 - 1)
 LAYOUTS = {"one document": [256], "many": [5, 1, 1, 120, 1, 100, 28], "single tokens": [1] * 200, "padding": []}
@@ -123,7 +123,7 @@ def test_the_kernel_for_tpu_runs_on_each_devices_rows_and_so_do_its_gradients(mo
     ids_BS = np.stack([documents(lengths, 256) for lengths in LAYOUTS.values()])
     arguments = random_arguments(ids_BS, 2, 1, 64, dtype="float32")
     splash = functools.partial(op._splash, interpret=True)
-    mapped = value_and_gradients(map_rows(splash, mesh, row_args=4, check_vma=False))
+    mapped = value_and_gradients(map_tokens(splash, mesh, token_args=4, check_vma=False))
     assert_close(mapped(*arguments), exact(*arguments), 1e-5)
 
 

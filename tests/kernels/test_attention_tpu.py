@@ -8,7 +8,7 @@ import pytest
 from jax.experimental import topologies
 
 from emo_jax.kernels.attention import document_attention
-from emo_jax.parallel import MeshConfig, batch_sharding, make_mesh, map_rows
+from emo_jax.parallel import MeshConfig, batch_sharding, make_mesh, map_tokens
 
 pytest.importorskip("libtpu", reason="ahead-of-time TPU compiles need libtpu: pip install 'jax[tpu]'")
 
@@ -18,7 +18,7 @@ def compiled(implementation, topology="v5p:2x2x1", dtype=jnp.bfloat16, length=40
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     mesh = make_mesh(MeshConfig(), len(devices), devices)
     attend = functools.partial(document_attention, implementation=implementation)
-    attend = map_rows(attend, mesh, row_args=4, check_vma=False)
+    attend = map_tokens(attend, mesh, token_args=4, check_vma=False)
 
     def run(query_BSHN, key_BSKN, value_BSKN, ids_BS, cotangent_BSHN):
         y_BSHN, pullback = jax.vjp(lambda *arrays: attend(*arrays, ids_BS), query_BSHN, key_BSKN, value_BSKN)

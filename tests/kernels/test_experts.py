@@ -197,20 +197,24 @@ def test_dispatch_and_combine_differentiate_as_plain_gathers_do():
             rng = np.random.default_rng(0)
             plan = planner(R, 4)(choose(rng, T, C, R, pattern))
             M = plan.choice_M.size
-            shapes = [(T, D), (M, D), (T, C), (M, D), (T, D)]
-            x_TD, y_MD, weights_TC, gx_MD, gy_TD = (jnp.asarray(rng.normal(size=shape)) for shape in shapes)
+            shapes = [(T, D), (M, D), (T, C), (M, D), (T, D), (M,)]
+            x_TD, y_MD, weights_TC, gx_MD, gy_TD, gw_M = (jnp.asarray(rng.normal(size=shape)) for shape in shapes)
 
             def gather(x_TD, plan=plan):
                 return jnp.concatenate([x_TD, jnp.zeros((1, D))])[plan.token_M]
 
-            def weighted(y_MD, weights_TC, plan=plan):
-                y_TCD = jnp.concatenate([y_MD, jnp.zeros((1, D))])[plan.slot_TC]
-                return jnp.einsum("tc,tcd->td", weights_TC, y_TCD)
+            def gather_weights(weights_TC, plan=plan):
+                return jnp.append(weights_TC.reshape(-1), 0)[plan.choice_M]
 
-            for ours, wanted, arguments, cotangent in [
-                (ops.dispatch, gather, (x_TD,), gx_MD),
-                (ops.combine, weighted, (y_MD, weights_TC), gy_TD),
+            def add(y_MD, plan=plan):
+                return jnp.concatenate([y_MD, jnp.zeros((1, D))])[plan.slot_TC].sum(1)
+
+            for ours, wanted, argument, cotangent in [
+                (ops.dispatch, gather, x_TD, gx_MD),
+                (ops.dispatch_weights, gather_weights, weights_TC, gw_M),
+                (ops.combine, add, y_MD, gy_TD),
             ]:
+                arguments = (argument,)
                 our_value, our_pullback = jax.vjp(lambda *a, f=ours, plan=plan: f(*a, plan), *arguments)
                 value, pullback = jax.vjp(wanted, *arguments)
                 np.testing.assert_allclose(our_value, value, rtol=1e-12, atol=1e-14)

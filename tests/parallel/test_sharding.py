@@ -11,8 +11,9 @@ from jax.sharding import PartitionSpec
 
 from emo_jax.errors import UserError
 from emo_jax.model import ModelConfig, abstract_parameters, logical_axes
-from emo_jax.parallel import MeshConfig, batch_sharding, make_mesh, map_rows, param_sharding, put_rows, replicated
-from emo_jax.parallel.sharding import ROW_AXES, RULES
+from emo_jax.parallel import MeshConfig, batch_sharding, make_mesh, map_tokens, param_sharding, put_rows, replicated
+from emo_jax.parallel.config import AXES
+from emo_jax.parallel.sharding import RULES
 
 MODEL = ModelConfig(
     vocab_size=32, d_model=16, num_layers=2, num_heads=4, num_kv_heads=2, experts_per_layer=(5, 0), top_k=3,
@@ -29,7 +30,7 @@ def mesh_of(data, fsdp, rows=4, devices=4):
 )
 def test_an_axis_of_minus_1_takes_what_the_other_leaves(data, fsdp, shape):
     mesh = mesh_of(data, fsdp)
-    assert tuple(mesh.shape.values()) == (*shape, 1)
+    assert tuple(mesh.shape.values()) == (*shape, 1, 1)
     assert list(mesh.devices.flat) == jax.devices()[:4]
 
 
@@ -60,7 +61,7 @@ def test_the_rules_cover_every_axis_of_every_parameter():
         assert len(axes) == leaf.ndim, path
         used |= set(axes)
     assert used <= set(RULES)
-    assert {axis for name in used for axis in RULES[name] or ()} <= set(ROW_AXES)
+    assert {axis for name in used for axis in RULES[name] or ()} <= set(AXES)
 
 
 def test_a_parameter_that_would_use_a_mesh_axis_twice_is_refused():
@@ -72,7 +73,7 @@ def test_an_axis_that_the_mesh_does_not_divide_stays_whole():
     assert param_sharding(mesh_of(1, 4), PartitionSpec("embed", "mlp"), (6, 8)).spec == PartitionSpec(None, None)
     assert param_sharding(mesh_of(1, 4), PartitionSpec("embed", "mlp"), (8, 6)).spec[1] is None
     mesh = make_mesh(MeshConfig(1, 2, 2), 4, jax.devices()[:4])
-    for width, spec in ((8, ("fsdp", "expert")), (6, ("fsdp",)), (3, None)):
+    for width, spec in ((8, ("fsdp", "context", "expert")), (6, ("fsdp", "context")), (3, None)):
         assert param_sharding(mesh, PartitionSpec("embed"), (width,)).spec == PartitionSpec(spec)
 
 
@@ -112,7 +113,7 @@ def test_mapped_rows_have_the_values_and_summed_gradients_of_all_rows_together(d
     x_BD, scale_BD, w_DF, c_BF = (
         rng.normal(size=shape).astype(np.float32) for shape in [(8, 3)] * 2 + [(3, 5), (8, 5)]
     )
-    mapped = map_rows(lambda x, scale, w: jnp.square(product(x * scale, w)), mesh, row_args=2)
+    mapped = map_tokens(lambda x, scale, w: jnp.square(product(x * scale, w)), mesh, token_args=2)
 
     def objective(x_BD, w_DF):
         y_BF = mapped(x_BD, scale_BD, w_DF)
@@ -129,6 +130,6 @@ def test_mapped_rows_have_the_values_and_summed_gradients_of_all_rows_together(d
 
 def test_mapped_rows_see_only_their_own_device():
     mesh = mesh_of(2, 2, rows=8)
-    sums = jax.jit(map_rows(lambda x_BD: jnp.broadcast_to(x_BD.sum(), x_BD.shape), mesh, row_args=1))
+    sums = jax.jit(map_tokens(lambda x_BD: jnp.broadcast_to(x_BD.sum(), x_BD.shape), mesh, token_args=1))
     x_BD = np.arange(8, dtype=np.float32).reshape(8, 1)
     np.testing.assert_array_equal(sums(x_BD)[:, 0], np.repeat(x_BD.reshape(4, 2).sum(1), 2))

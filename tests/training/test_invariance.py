@@ -25,15 +25,18 @@ def wanted():
 
 
 MESHES = [
-    {"data": 4, "fsdp": 1},
-    {"data": 1, "fsdp": 4},
-    {"data": 1, "fsdp": 1, "expert": 4},
-    {"data": 1, "fsdp": 2, "expert": 2},
-    {"data": 2, "fsdp": 1, "expert": 2},
+    {"data": 4},
+    {"fsdp": 4},
+    {"expert": 4},
+    {"fsdp": 2, "expert": 2, "exchange": "all_to_all", "chunks": 3},
+    {"data": 2, "expert": 2},
+    {"context": 4},
+    {"context": 2, "expert": 2},
+    {"context": 2, "expert": 2, "exchange": "all_to_all"},
 ]
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
 def test_mesh_does_not_change_a_step(wanted, mesh):
     with jax.enable_x64(True):
         assert_equal_steps(tiny.gradients(tiny.config(mesh=mesh), tiny.batch(), devices=4), wanted)
@@ -43,7 +46,7 @@ def test_experts_of_one_rank_may_take_every_token():
     fields = {"pool": {"min": 2, "max": 2, "forced": 2}}  # every document uses the last two experts and no other
     with jax.enable_x64(True):
         whole = tiny.gradients(tiny.config(**fields), tiny.batch())
-        split = tiny.gradients(tiny.config(mesh={"data": 1, "fsdp": 1, "expert": 4}, **fields), tiny.batch(), devices=4)
+        split = tiny.gradients(tiny.config(mesh={"expert": 4}, **fields), tiny.batch(), devices=4)
     # 7 and 5 routed experts over 4 ranks of 2: the last two are one rank's, or two ranks'.
     exchange = split[1]["exchange"]
     assert (exchange["rank_load_max_over_mean"] >= 2).all() and (exchange["rank_rounds"] > 1).all()
@@ -65,10 +68,14 @@ def test_microbatches_over_devices_do_not_change_a_step(wanted):
         assert_equal_steps(tiny.gradients(run, tiny.batch(), devices=4), wanted)
 
 
-@pytest.mark.parametrize("remat", ["full", "dots"])
-def test_remat_does_not_change_a_step(wanted, remat):
+@pytest.mark.parametrize(
+    ("remat", "mesh"),
+    [("full", {}), ("dots", {}), ("exchange", {"expert": 4}), ("full", {"expert": 4, "exchange": "all_to_all"})],
+)
+def test_remat_does_not_change_a_step(wanted, remat, mesh):
     with jax.enable_x64(True):
-        assert_equal_steps(tiny.gradients(tiny.config(model={"remat": remat}), tiny.batch()), wanted)
+        run = tiny.config(model={"remat": remat}, mesh=mesh)
+        assert_equal_steps(tiny.gradients(run, tiny.batch(), devices=4 if mesh else 1), wanted)
 
 
 def test_rows_of_padding_do_not_change_a_step(wanted):

@@ -44,7 +44,7 @@ def random_sums(seed) -> Sums:
     tokens_B = rng.integers(0, 10, B) * rng.integers(0, 2, B)  # some rows have none
     tokens_B[0] += 1
     routing = tuple(random_routing(rng, tokens_B) for _ in range(L))
-    return jax.tree.map(jnp.asarray, Sums(language(rng.random() * 90, rng.random() * 500), routing))
+    return jax.tree.map(jnp.asarray, Sums(language(rng.random() * 90, rng.random() * 500), routing, ()))
 
 
 def language(cross_entropy: float, logits_z: float) -> LanguageLoss:
@@ -53,7 +53,7 @@ def language(cross_entropy: float, logits_z: float) -> LanguageLoss:
 
 def rows(sums: Sums, part: slice) -> Sums:
     """A microbatch: some rows; its share of the scalar sums does not matter here and is 0."""
-    return Sums(LanguageLoss(*jnp.zeros(3)), jax.tree.map(lambda x: x[part], sums.routing))
+    return Sums(LanguageLoss(*jnp.zeros(3)), jax.tree.map(lambda x: x[part], sums.routing), ())
 
 
 def balance(counts_BR, weights_BR, tokens_B):
@@ -96,7 +96,7 @@ def test_experts_that_every_token_uses_are_left_out_of_the_balance():
 
 
 def test_a_dense_model_has_no_router_losses():
-    loss, parts = combine(config(), Sums(language(10.0, 40.0), ()), Tokens(jnp.int32(5), jnp.int32(5)))
+    loss, parts = combine(config(), Sums(language(10.0, 40.0), (), ()), Tokens(jnp.int32(5), jnp.int32(5)))
     assert set(parts) == {"cross_entropy", "logits_z"}
     np.testing.assert_allclose(loss, 2 + 0.05 * 8)
 

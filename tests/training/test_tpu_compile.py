@@ -9,8 +9,7 @@ import pytest
 from jax.experimental import topologies
 
 from emo_jax.model import flops_per_token
-from emo_jax.parallel import make_mesh
-from emo_jax.training.step import abstract_batch, abstract_state, make_train_step
+from emo_jax.training.step import abstract_batch, abstract_state, make_train_step, run_mesh
 
 pytest.importorskip("libtpu", reason="ahead-of-time TPU compiles need libtpu: pip install 'jax[tpu]'")
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -30,7 +29,7 @@ def released(layers: int, rows: int, **model):
 
 def compile_step(run, topology: str):
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    mesh = make_mesh(run.mesh, run.data.batch_size // run.train.microbatches, devices)
+    mesh = run_mesh(run, devices)
     step = make_train_step(run, mesh)
     return step.lower(abstract_state(run, mesh), abstract_batch(run, mesh)).compile()
 

@@ -16,7 +16,7 @@ from emo_jax.config import (
     TrainConfig,
 )
 from emo_jax.model import draw_pools, init_parameters
-from emo_jax.parallel import make_mesh, put_rows
+from emo_jax.parallel import put_rows
 
 VOCABULARY, S, G = 17, 12, 4
 ROWS = (
@@ -80,7 +80,9 @@ def batch(seed: int = 0, rows=ROWS) -> dict[str, np.ndarray]:
 
 def devices_mesh(run: Config, devices: int):
     """A mesh over the first `devices` simulated devices."""
-    return make_mesh(run.mesh, run.data.batch_size // run.train.microbatches, jax.devices()[:devices])
+    from emo_jax.training.step import run_mesh
+
+    return run_mesh(run, jax.devices()[:devices])
 
 
 def parameters(run: Config):

@@ -5,7 +5,7 @@ Autodiff of a plain gather would emit a scatter, and on TPU a sort of its indice
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -81,42 +81,29 @@ def _int_zeros(tree: Plan) -> Plan:
 
 @jax.custom_vjp
 def dispatch(x_TD: jax.Array, plan: Plan) -> jax.Array:
-    """Each slot's token row, zeros where a slot is empty: [M, D]."""
+    """Each slot's token row, zeros where a slot is empty: [M, D]. Its transpose is `combine`."""
     return _rows(x_TD, plan.token_M)
 
 
-def _dispatch_fwd(x_TD: jax.Array, plan: Plan) -> tuple[jax.Array, Plan]:
-    return dispatch(x_TD, plan), plan
-
-
-def _dispatch_bwd(plan: Plan, g_MD: jax.Array) -> tuple[jax.Array, Plan]:
-    accumulate = jnp.promote_types(g_MD.dtype, jnp.float32)
-    g_TD = functools.reduce(jnp.add, (rows_TD.astype(accumulate) for rows_TD in _choices(g_MD, plan)))
-    return g_TD.astype(g_MD.dtype), _int_zeros(plan)
-
-
-dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
+@jax.custom_vjp
+def combine(y_MD: jax.Array, plan: Plan) -> jax.Array:
+    """The sum of each token's slots, in float32 or wider: [T, D] of y's dtype. Its transpose is `dispatch`."""
+    accumulate = jnp.promote_types(y_MD.dtype, jnp.float32)
+    return functools.reduce(jnp.add, (rows.astype(accumulate) for rows in _choices(y_MD, plan))).astype(y_MD.dtype)
 
 
 @jax.custom_vjp
-def combine(y_MD: jax.Array, weights_TC: jax.Array, plan: Plan) -> jax.Array:
-    """The weighted sum of each token's slots, in the weights' precision: [T, D] of y's dtype."""
-    pairs = zip(weights_TC.T, _choices(y_MD, plan), strict=True)
-    weighted = (weight_T[:, None] * rows_TD.astype(weight_T.dtype) for weight_T, rows_TD in pairs)
-    return functools.reduce(jnp.add, weighted).astype(y_MD.dtype)
+def dispatch_weights(weights_TC: jax.Array, plan: Plan) -> jax.Array:
+    """Each slot's weight, 0 where a slot is empty: [M]."""
+    return _rows(weights_TC.reshape(-1), plan.choice_M)
 
 
-def _combine_fwd(y_MD: jax.Array, weights_TC: jax.Array, plan: Plan) -> tuple[jax.Array, tuple]:
-    return combine(y_MD, weights_TC, plan), (y_MD, weights_TC, plan)
+def _keep_plan(op: Callable[[jax.Array, Plan], jax.Array]) -> Callable[..., tuple[jax.Array, Plan]]:
+    return lambda rows, plan: (op(rows, plan), plan)
 
 
-def _combine_bwd(saved: tuple, g_TD: jax.Array) -> tuple[jax.Array, jax.Array, Plan]:
-    y_MD, weights_TC, plan = saved
-    weight_M = _rows(weights_TC.reshape(-1), plan.choice_M)
-    g_MD = (weight_M[:, None] * _rows(g_TD, plan.token_M).astype(weights_TC.dtype)).astype(y_MD.dtype)
-    wide_TD = g_TD.astype(weights_TC.dtype)
-    g_weights_TC = jnp.stack([(rows.astype(wide_TD.dtype) * wide_TD).sum(-1) for rows in _choices(y_MD, plan)], axis=1)
-    return g_MD, g_weights_TC, _int_zeros(plan)
-
-
-combine.defvjp(_combine_fwd, _combine_bwd)
+dispatch.defvjp(_keep_plan(dispatch), lambda plan, g_MD: (combine(g_MD, plan), _int_zeros(plan)))
+combine.defvjp(_keep_plan(combine), lambda plan, g_TD: (dispatch(g_TD, plan), _int_zeros(plan)))
+dispatch_weights.defvjp(
+    _keep_plan(dispatch_weights), lambda plan, g_M: (_rows(g_M, plan.slot_TC), _int_zeros(plan))
+)

@@ -62,8 +62,8 @@ def routed_experts(
     if implementation in ("reference", "sliced"):
         compute = reference if implementation == "reference" else _sliced
         return compute(x_TD, indices_TC, weights_TC, gate_RDF, up_RDF, down_RFD)
-    y_MD, plan = _outputs(x_TD, indices_TC, gate_RDF, up_RDF, down_RFD, implementation, filled)
-    return ops.combine(y_MD, weights_TC, plan)
+    y_MD, plan = _outputs(x_TD, indices_TC, weights_TC, gate_RDF, up_RDF, down_RFD, implementation, filled)
+    return ops.combine(y_MD, plan)
 
 
 def expert_norms(
@@ -81,7 +81,8 @@ def expert_norms(
     """
     implementation = implementation or default_implementation(jax.default_backend())
     require_choice("implementation", implementation, IMPLEMENTATIONS[:2])
-    y_MD, plan = _outputs(x_TD, indices_TC, gate_RDF, up_RDF, down_RFD, implementation)
+    ones_TC = jnp.ones(indices_TC.shape, jnp.promote_types(x_TD.dtype, jnp.float32))
+    y_MD, plan = _outputs(x_TD, indices_TC, ones_TC, gate_RDF, up_RDF, down_RFD, implementation)
     norm_M = jnp.linalg.norm(y_MD.astype(jnp.promote_types(y_MD.dtype, jnp.float32)), axis=-1)
     return norm_M.at[plan.slot_TC].get(mode="fill", fill_value=0)
 
@@ -89,16 +90,17 @@ def expert_norms(
 def _outputs(
     x_TD: jax.Array,
     indices_TC: jax.Array,
+    weights_TC: jax.Array,
     gate: jax.Array,
     up: jax.Array,
     down: jax.Array,
     implementation: str,
     filled: int | None = None,
 ) -> tuple[jax.Array, ops.Plan]:
-    """Each slot's expert output [M, D], and where the slots are."""
+    """Each slot's weighted expert output [M, D], and where the slots are."""
     plan = ops.plan(indices_TC, gate.shape[0], BLOCK if implementation == "blocked" else 1, filled)
     ffn = _blocked_ffn if implementation == "blocked" else _ragged_ffn
-    return ffn(ops.dispatch(x_TD, plan), plan, gate, up, down), plan
+    return ffn(ops.dispatch(x_TD, plan), ops.dispatch_weights(weights_TC, plan), plan, gate, up, down), plan
 
 
 def _sliced(
@@ -126,19 +128,47 @@ def _sliced(
     return (weights_TC[:, :, None] * y_TCD.astype(weights_TC.dtype)).sum(1).astype(x_TD.dtype)
 
 
-def _ragged_ffn(x_MD: jax.Array, plan: ops.Plan, gate: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
-    hidden_MF = jax.nn.silu(jax.lax.ragged_dot(x_MD, gate, plan.counts_R))
-    hidden_MF *= jax.lax.ragged_dot(x_MD, up, plan.counts_R)
-    return jax.lax.ragged_dot(hidden_MF, down, plan.counts_R)
+def _ragged_ffn(
+    x_MD: jax.Array, weight_M: jax.Array, plan: ops.Plan, gate: jax.Array, up: jax.Array, down: jax.Array
+) -> jax.Array:
+    gate_MF, up_MF = (jax.lax.ragged_dot(x_MD, w, plan.counts_R) for w in (gate, up))
+    return jax.lax.ragged_dot(_gated(gate_MF, up_MF, weight_M), down, plan.counts_R)
 
 
-def _blocked_ffn(x_MD: jax.Array, plan: ops.Plan, gate: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
+def _blocked_ffn(
+    x_MD: jax.Array, weight_M: jax.Array, plan: ops.Plan, gate: jax.Array, up: jax.Array, down: jax.Array
+) -> jax.Array:
     width = x_MD.shape[1]
     x_NPD = x_MD.reshape(-1, BLOCK, width)
     first_slot_N = jnp.arange(x_NPD.shape[0], dtype=jnp.int32) * BLOCK
     expert_N = jnp.searchsorted(plan.starts_R, first_slot_N, side="right") - 1
-    hidden_NPF = jax.nn.silu(_block_matmul(x_NPD, gate, expert_N)) * _block_matmul(x_NPD, up, expert_N)
+    gate_NPF, up_NPF = (_block_matmul(x_NPD, w, expert_N) for w in (gate, up))
+    hidden_NPF = _gated(gate_NPF, up_NPF, weight_M.reshape(-1, BLOCK))
     return _block_matmul(hidden_NPF, down, expert_N).reshape(-1, width)
+
+
+# A choice's weight acts here, where rows are narrowest: so its gradient needs no expert's output, and none is kept.
+@jax.custom_vjp
+def _gated(gate_MF: jax.Array, up_MF: jax.Array, weight_M: jax.Array) -> jax.Array:
+    """weight · silu(gate) ⊙ up, in the weight's precision, as the others' dtype; any axes before F."""
+    wide = weight_M.dtype
+    return (jax.nn.silu(gate_MF.astype(wide)) * up_MF.astype(wide) * weight_M[..., None]).astype(gate_MF.dtype)
+
+
+def _gated_fwd(*args: jax.Array) -> tuple[jax.Array, tuple]:
+    return _gated(*args), args
+
+
+def _gated_bwd(saved: tuple, g_MF: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    gate_MF, up_MF, weight_M = saved
+    gate, up, g = (x.astype(weight_M.dtype) for x in (gate_MF, up_MF, g_MF))
+    sigmoid = jax.nn.sigmoid(gate)
+    silu, weighted = gate * sigmoid, g * weight_M[..., None]
+    d_gate = weighted * up * (sigmoid + silu * (1 - sigmoid))
+    return d_gate.astype(gate_MF.dtype), (weighted * silu).astype(up_MF.dtype), (g * silu * up).sum(-1)
+
+
+_gated.defvjp(_gated_fwd, _gated_bwd)
 
 
 # The backward pass sums blocks into experts over sorted indices; autodiff of the gather would not know them sorted.
