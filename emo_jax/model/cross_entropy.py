@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from emo_jax.parallel import map_tokens, width_axes
+from emo_jax.parallel import map_tokens, param_sharding, scattered, whole
 
 CHUNK = 1024
 """Tokens whose logits exist at once: few enough for a CPU's caches, enough for a TPU to read the head seldom."""
@@ -54,13 +54,15 @@ def language_loss(
 
     # The head is gathered, and its gradient scattered, where the products are: left to the compiler, all devices would
     # add up whole gradients.
-    axes = width_axes(mesh, len(head_DV)) if mesh is not None and mesh.size > 1 else ()
+    spec = PartitionSpec()
+    if mesh is not None and mesh.size > 1:
+        spec = param_sharding(mesh, PartitionSpec("embed", "vocab"), head_DV.shape).spec
 
     def local(hidden_BSD, targets_BS, mask_BS, head_DV):
         hidden_TD = hidden_BSD.reshape(-1, hidden_BSD.shape[-1])
-        return _sums(z_weight, axes, hidden_TD, head_DV, targets_BS.reshape(-1), mask_BS.reshape(-1))
+        return _sums(z_weight, spec, hidden_TD, head_DV, targets_BS.reshape(-1), mask_BS.reshape(-1))
 
-    run = map_tokens(local, mesh, token_args=3, weights=[PartitionSpec(axes or None)], total=True)
+    run = map_tokens(local, mesh, token_args=3, weights=[spec], total=True)
     sums = run(hidden_BSD, targets_BS, mask_BS, head_DV)
     return LanguageLoss(sums[0], *jax.lax.stop_gradient(sums[1:]))
 
@@ -122,12 +124,10 @@ def _chunked(arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
     return tuple(map(cut, arrays))
 
 
-def _scan(z_weight: float, axes: tuple[str, ...], args: tuple, with_gradients: bool) -> tuple[tuple, Any, Any]:
-    """Sums, and the gradients of their total by the hidden stream and the head, which is split over mesh axes."""
+def _scan(z_weight: float, spec: PartitionSpec, args: tuple, with_gradients: bool) -> tuple[tuple, Any, Any]:
+    """Sums, and the gradients of their total by the hidden stream and the head, which rests split by `spec`."""
     hidden_TD, head_DV, targets_T, mask_T = args
-    cast_DV = head_DV.astype(hidden_TD.dtype)
-    if axes:
-        cast_DV = jax.lax.all_gather(cast_DV, axes, axis=0, tiled=True)
+    cast_DV = whole(head_DV.astype(hidden_TD.dtype), spec)
     wide = jnp.promote_types(hidden_TD.dtype, jnp.float32)
 
     def body(grad_DV, chunk):
@@ -150,29 +150,28 @@ def _scan(z_weight: float, axes: tuple[str, ...], args: tuple, with_gradients: b
     totals = tuple(x.sum() for x in sums)
     if not with_gradients:
         return totals, None, None
-    if axes:
-        grad_DV = jax.lax.psum_scatter(grad_DV, axes, scatter_dimension=0, tiled=True)
-    return totals, grad_PD.reshape(-1, hidden_TD.shape[1])[: hidden_TD.shape[0]], grad_DV
+    grad_TD = grad_PD.reshape(-1, hidden_TD.shape[1])[: hidden_TD.shape[0]]
+    return totals, grad_TD, scattered(grad_DV, spec)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _sums(
     z_weight: float,
-    axes: tuple[str, ...],
+    spec: PartitionSpec,
     hidden_TD: jax.Array,
     head_DV: jax.Array,
     targets_T: jax.Array,
     mask_T: jax.Array,
 ) -> tuple:
-    return _scan(z_weight, axes, (hidden_TD, head_DV, targets_T, mask_T), with_gradients=False)[0]
+    return _scan(z_weight, spec, (hidden_TD, head_DV, targets_T, mask_T), with_gradients=False)[0]
 
 
-def _sums_fwd(z_weight: float, axes: tuple[str, ...], *args: jax.Array) -> tuple[tuple, tuple]:
-    totals, grad_TD, grad_DV = _scan(z_weight, axes, args, with_gradients=True)
+def _sums_fwd(z_weight: float, spec: PartitionSpec, *args: jax.Array) -> tuple[tuple, tuple]:
+    totals, grad_TD, grad_DV = _scan(z_weight, spec, args, with_gradients=True)
     return totals, (grad_TD, grad_DV)
 
 
-def _sums_bwd(z_weight: float, axes: tuple[str, ...], grads: tuple, cotangents: tuple) -> tuple:
+def _sums_bwd(z_weight: float, spec: PartitionSpec, grads: tuple, cotangents: tuple) -> tuple:
     by_hidden_TD, by_head_DV = grads
     by_hidden_TD = (by_hidden_TD * cotangents[0]).astype(by_hidden_TD.dtype)  # the product in the wider type
     return by_hidden_TD, (by_head_DV * cotangents[0]).astype(by_head_DV.dtype), None, None

@@ -11,7 +11,8 @@ from emo_jax.parallel.sharding import (
     param_sharding,
     put_rows,
     replicated,
-    width_axes,
+    scattered,
+    whole,
 )
 
 __all__ = [
@@ -29,5 +30,6 @@ __all__ = [
     "put_rows",
     "rank_load",
     "replicated",
-    "width_axes",
+    "scattered",
+    "whole",
 ]

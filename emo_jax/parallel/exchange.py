@@ -22,7 +22,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from emo_jax.kernels.experts.dispatch import combine, dispatch, dispatch_weights, plan
 from emo_jax.parallel.config import AXES, MeshConfig
-from emo_jax.parallel.sharding import TOKENS, WIDTH_AXES, width_axes
+from emo_jax.parallel.sharding import TOKENS, mesh_axes, param_sharding, vary
 
 Compute = Callable[..., jax.Array]
 """(x_TD, indices_TC, weights_TC, gate_RDF, up_RDF, down_RFD, filled=most choices with an expert) → y_TD."""
@@ -67,14 +67,21 @@ def map_experts(
     if mesh is None or mesh.size == 1:
         return lambda *args: (whole(*args), None)
 
-    def own_experts(w: jax.Array, axis: int, split: bool) -> jax.Array:
-        """This rank's experts, whole; what rests split by width is exchanged here, so that gradients are scattered."""
-        if split and ranks > 1:
-            w = jax.lax.all_to_all(w, "expert", split_axis=0, concat_axis=axis, tiled=True)
-        if split:
-            w = jax.lax.all_gather(w, ("fsdp", "context"), axis=axis, tiled=True)
-        # A custom_vjp inside needs weights that vary like the rows; pcast transposes to the sum over devices.
-        return jax.lax.pcast(checkpoint_name(w, EXPERTS), ("data",) if split else ("data", "fsdp", "context"), to="varying")
+    def own_experts(w: jax.Array, spec: PartitionSpec, width: int) -> jax.Array:
+        """This rank's experts, whole; what rests in pieces is exchanged here, so that gradients are scattered."""
+        w = vary(w, spec)
+        if ranks > 1 and "expert" in mesh_axes(spec):
+            w = jax.lax.all_to_all(w, "expert", split_axis=0, concat_axis=3 - width, tiled=True)
+        elif ranks > 1:
+            count = len(w) // ranks
+            w = jax.lax.dynamic_slice_in_dim(w, jax.lax.axis_index("expert") * count, count)
+        if pieces := spec[width]:
+            # Whole experts, where there are enough: gathered, they follow one another without a copy.
+            regroup = len(w) % jax.lax.axis_size(pieces) == 0
+            if regroup:
+                w = jax.lax.all_to_all(w, pieces, split_axis=0, concat_axis=width, tiled=True)
+            w = jax.lax.all_gather(w, pieces, axis=0 if regroup else width, tiled=True)
+        return checkpoint_name(w, EXPERTS)
 
     def exchanged(
         x_BSD: jax.Array, indices_BSC: jax.Array, weights_BSC: jax.Array, *own: jax.Array
@@ -87,24 +94,31 @@ def map_experts(
         y, loads = zip(*chunked(share, x_BSD, indices_BSC, weights_BSC), strict=True)
         return checkpoint_name(jnp.concatenate(y).reshape(x_BSD.shape), COMBINED), jnp.stack(loads)[None]
 
-    platform = mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else ""
+    platform = mesh.devices.flat[0].platform
+    shards = math.prod(mesh.shape[axis] for axis in ("fsdp", "expert", "context"))
 
     def mapped(
         x_BSD: jax.Array, indices_BSC: jax.Array, weights_BSC: jax.Array, *experts: jax.Array
     ) -> tuple[jax.Array, jax.Array | None]:
-        routed, axes = len(experts[0]), (1, 1, 2)  # where the width D is in gate, up and down
-        split = bool(width_axes(mesh, x_BSD.shape[-1]))
-        spare = -routed % ranks  # experts that no token chooses; a choice without an expert lies behind them
-        experts = tuple(jnp.pad(w, ((0, spare), (0, 0), (0, 0))) for w in experts)
-        indices_BSC = jnp.where(indices_BSC == routed, routed + spare, indices_BSC)
+        routed, widths = len(experts[0]), (1, 1, 2)  # where D is in gate, up and down
+        slots = -(-routed // ranks) * ranks
+        regrouped = -(-routed // shards) * shards
+        slots = regrouped if regrouped <= 1.125 * routed else slots
+        # Spare experts that no token chooses; a choice without an expert lies behind them.
+        experts = tuple(jnp.pad(w, ((0, slots - routed), (0, 0), (0, 0))) for w in experts)
+        indices_BSC = jnp.where(indices_BSC == routed, slots, indices_BSC)
+
+        names = [("routed", "embed", "mlp"), ("routed", "embed", "mlp"), ("routed", "mlp", "embed")]
+        specs = [
+            param_sharding(mesh, PartitionSpec(*axes), w.shape).spec for axes, w in zip(names, experts, strict=True)
+        ]
 
         def local(x_BSD: jax.Array, indices_BSC: jax.Array, weights_BSC: jax.Array, *experts: jax.Array) -> Any:
-            own = tuple(own_experts(w, axis, split) for w, axis in zip(experts, axes, strict=True))
+            own = tuple(own_experts(w, *rest) for w, rest in zip(experts, zip(specs, widths, strict=True), strict=True))
             return (exchanged if ranks > 1 else whole)(x_BSD, indices_BSC, weights_BSC, *own)
 
-        rest = [PartitionSpec(*(None,) * axis, WIDTH_AXES) if split else PartitionSpec("expert") for axis in axes]
         out_specs = (TOKENS, PartitionSpec(AXES)) if ranks > 1 else TOKENS
-        run = jax.shard_map(local, mesh=mesh, in_specs=(TOKENS, TOKENS, TOKENS, *rest), out_specs=out_specs)
+        run = jax.shard_map(local, mesh=mesh, in_specs=(TOKENS, TOKENS, TOKENS, *specs), out_specs=out_specs)
         results = run(x_BSD, indices_BSC, weights_BSC, *experts)
         return results if ranks > 1 else (results, None)
 

@@ -16,23 +16,22 @@ ROW_AXES = ("data", "fsdp", "expert")
 """Mesh axes that the rows of a batch are split over."""
 TOKENS = PartitionSpec(ROW_AXES, "context")
 """Of arrays that begin with [B, S]."""
-WIDTH_AXES = ("fsdp", "context", "expert")
-"""Mesh axes that parameters are split over, by the width D of the residual stream."""
 
 RULES: dict[str, tuple[str, ...] | None] = {
-    "vocab": None,
-    "embed": WIDTH_AXES,
-    "heads": None,
+    "embed": ("fsdp", "context"),
+    "vocab": ("expert",),
+    "heads": ("expert",),
+    "mlp": ("expert",),
     "head": None,
-    "mlp": None,
     "expert": None,
     "routed": None,
     "norm": None,
 }
 """From the logical axes that parameters are annotated with to mesh axes, or None for whole.
 
-Stacks of routed experts rest as all else does, split by width: so any number of experts has equal shards, and none of a
-rank's memory is spare. A step moves them to the ranks that compute them (`exchange`).
+A matrix is split in both directions, so that pieces stay as wide as a TPU's tiles: narrower ones it can only put
+together by adding them up. Stacks of routed experts rest split as all else is, not by expert: so any number of experts
+has equal shards, and none of a rank's memory is spare. A step moves them to the ranks that compute them (`exchange`).
 """
 
 
@@ -128,11 +127,6 @@ def _arranged(devices: Sequence[Any], sizes: dict[str, int]) -> np.ndarray:
     return mesh_utils.create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=True)
 
 
-def width_axes(mesh: Mesh, width: int) -> tuple[str, ...]:
-    """`WIDTH_AXES` where they split parameters of this width evenly, else none."""
-    return WIDTH_AXES if width % math.prod(mesh.shape[axis] for axis in WIDTH_AXES) == 0 else ()
-
-
 def param_sharding(mesh: Mesh, logical_axes: PartitionSpec, shape: tuple[int, ...]) -> NamedSharding:
     """Where a parameter lives, by `RULES`; an axis that its mesh axis does not divide stays whole.
 
@@ -148,10 +142,40 @@ def param_sharding(mesh: Mesh, logical_axes: PartitionSpec, shape: tuple[int, ..
         raise ValueError(f"rules give {tuple(logical_axes)} the mesh axes {axes}: one is used twice")
     fitting = []
     for some, size in zip(axes, shape, strict=True):
+        some = tuple(axis for axis in some if mesh.shape[axis] > 1)
         while some and size % math.prod(mesh.shape[axis] for axis in some):
             some = some[:-1]
         fitting.append(some or None)
     return NamedSharding(mesh, PartitionSpec(*fitting))
+
+
+def mesh_axes(spec: PartitionSpec) -> tuple[str, ...]:
+    """All mesh axes that a spec names."""
+    return tuple(axis for entry in spec for axis in ((entry,) if isinstance(entry, str) else entry or ()))
+
+
+def vary(w: jax.Array, spec: PartitionSpec) -> jax.Array:
+    """Within a `shard_map`: a weight split by `spec`, typed as tokens are.
+
+    A custom_vjp needs all its arguments so; where they were the same on several devices, gradients are added up.
+    """
+    return jax.lax.pcast(w, tuple(axis for axis in AXES if axis not in mesh_axes(spec)), to="varying")
+
+
+def whole(w: jax.Array, spec: PartitionSpec) -> jax.Array:
+    """Within a `shard_map`: a weight that rests split by `spec`, gathered."""
+    for dimension, axes in enumerate(spec):
+        if axes:
+            w = jax.lax.all_gather(w, axes, axis=dimension, tiled=True)
+    return w
+
+
+def scattered(g: jax.Array, spec: PartitionSpec) -> jax.Array:
+    """Within a `shard_map`: the sum over devices of what `whole` was multiplied into, split by `spec`."""
+    for dimension, axes in enumerate(spec):
+        if axes:
+            g = jax.lax.psum_scatter(g, axes, scatter_dimension=dimension, tiled=True)
+    return g
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -188,17 +212,12 @@ def map_tokens(
     if mesh is None or mesh.size == 1:
         return fn
 
-    def whole_along(spec: PartitionSpec) -> tuple[str, ...]:
-        used = [axis for entry in spec for axis in ((entry,) if isinstance(entry, str) else entry or ())]
-        return tuple(axis for axis in AXES if axis not in used)
-
     def mapped(*args: jax.Array) -> Any:
         given = (*weights, *(PartitionSpec(),) * (len(args) - token_args - len(weights)))
 
         def local(*args: jax.Array) -> Any:
-            # A custom_vjp inside needs weights that vary like the tokens; pcast transposes to the sum over devices.
             pairs = zip(args[token_args:], given, strict=True)
-            own = [jax.lax.pcast(w, whole_along(spec), to="varying") for w, spec in pairs]
+            own = [vary(w, spec) for w, spec in pairs]
             results = fn(*args[:token_args], *own)
             return jax.lax.psum(results, AXES) if total else results
 

@@ -1,5 +1,8 @@
 """A step is the same step on any mesh, in any microbatches, with any remat policy and with rows of padding."""
 
+import subprocess
+import sys
+
 import jax
 import numpy as np
 import pytest
@@ -122,3 +125,9 @@ def test_float32_is_close_to_float64(wanted):
     assert metrics["loss"].dtype == np.float32
     # Other initial values than in float64: only the size of the loss is the same.
     assert abs(metrics["cross_entropy"] - wanted[1]["cross_entropy"]) < 2.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_every_mesh_of_eight_devices_takes_the_same_step(dtype):
+    subprocess.run([sys.executable, "-m", "tests.training.eight_devices", dtype], check=True)

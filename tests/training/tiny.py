@@ -61,11 +61,11 @@ def config(**sections) -> Config:
     return made
 
 
-def batch(seed: int = 0, rows=ROWS) -> dict[str, np.ndarray]:
+def batch(seed: int = 0, rows=ROWS, length: int = S) -> dict[str, np.ndarray]:
     """Random tokens in documents of the given lengths, by the batch contract."""
     rng = np.random.default_rng(seed)
-    made = {name: np.zeros((len(rows), S), np.int32) for name in ("tokens", "targets", "document_ids", "positions")}
-    made["loss_mask"] = np.zeros((len(rows), S), bool)
+    made = {name: np.zeros((len(rows), length), np.int32) for name in ("tokens", "targets", "document_ids", "positions")}
+    made["loss_mask"] = np.zeros((len(rows), length), bool)
     for b, lengths in enumerate(rows):
         start = 0
         for g, length in enumerate(lengths, 1):
