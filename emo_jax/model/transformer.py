@@ -3,7 +3,7 @@
 Letters: B rows, S sequence, D model, V vocabulary, G documents a row, L mixture layers.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,21 +15,9 @@ from emo_jax.model.attention import Attention, KeyValues, Past
 from emo_jax.model.config import ModelConfig, PoolConfig
 from emo_jax.model.layers import FeedForward, rms_norm, scale, weight
 from emo_jax.model.moe import MixtureOfExperts
-from emo_jax.model.routing import DECISIONS, Kept, PoolDraws, Routing
-from emo_jax.parallel import COMBINED, DISPATCHED, EXPERTS, MeshConfig, lookup
-
-_named = jax.checkpoint_policies.save_only_these_names
-REMAT: dict[str, Callable[..., bool]] = {
-    "none": jax.checkpoint_policies.save_anything_except_these_names(EXPERTS),
-    "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _named(DECISIONS)
-    ),
-    "exchange": _named(DECISIONS, DISPATCHED, COMBINED),
-    "full": _named(DECISIONS),
-}
-"""What the backward pass keeps of a layer. What the router decided is always kept: decided again, a near tie could fall
-the other way."""
-
+from emo_jax.model.remat import REMAT
+from emo_jax.model.routing import Kept, PoolDraws, Routing
+from emo_jax.parallel import MeshConfig, lookup
 
 class Block(nnx.Module):
     """h = x + Attention(norm(x)); y = h + FeedForward(norm(h)); the feed-forward dense or a mixture.

@@ -81,8 +81,11 @@ def _int_zeros(tree: Plan) -> Plan:
 
 @jax.custom_vjp
 def dispatch(x_TD: jax.Array, plan: Plan) -> jax.Array:
-    """Each slot's token row, zeros where a slot is empty: [M, D]. Its transpose is `combine`."""
-    return _rows(x_TD, plan.token_M)
+    """Each slot's token row, [M, D]. Its transpose is `combine`.
+
+    An empty slot holds some token's row, so that no pass writes zeros: its weight is 0.
+    """
+    return x_TD.at[plan.token_M].get(mode="clip")
 
 
 @jax.custom_vjp
