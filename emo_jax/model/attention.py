@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from emo_jax.kernels.attention import default_implementation, document_attention
 from emo_jax.model.config import ModelConfig
 from emo_jax.model.layers import rms_norm, scale, weight
-from emo_jax.parallel import map_tokens
+from emo_jax.parallel import map_tokens, product
 
 
 class KeyValues(NamedTuple):
@@ -110,7 +110,8 @@ class Attention(nnx.Module):
         mesh's platform, or else the default backend, chooses among the formulations of `kernels.attention`.
         """
         q, k, v = (
-            jnp.einsum("bsd,dhn->bshn", x_BSD, w[...].astype(x_BSD.dtype)) for w in (self.query, self.key, self.value)
+            product("bsd,dhn->bshn", x_BSD, w[...], ("embed", "heads", "head"), mesh)
+            for w in (self.query, self.key, self.value)
         )
         if hasattr(self, "query_norm"):
             q, k = (self._normalized(*pair) for pair in ((q, self.query_norm), (k, self.key_norm)))
@@ -125,7 +126,7 @@ class Attention(nnx.Module):
             )
             seen = KeyValues(*added)
             y_BSHN = cached_attention(q, past._replace(cached=seen))
-        return jnp.einsum("bshn,hnd->bsd", y_BSHN, self.out[...].astype(x_BSD.dtype)), seen
+        return product("bshn,hnd->bsd", y_BSHN, self.out[...], ("heads", "head", "embed"), mesh), seen
 
     def _normalized(self, x_BSHN: jax.Array, scale: nnx.Param) -> jax.Array:
         """RMSNorm over all heads together."""

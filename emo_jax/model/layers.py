@@ -6,8 +6,10 @@ Letters: B rows, S sequence, D model, F hidden.
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from emo_jax.model.config import ModelConfig
+from emo_jax.parallel import product
 
 # Annotations are only names here: `parallel.RULES` places them, and no mesh is needed to build a module.
 nnx.use_eager_sharding(False)
@@ -44,7 +46,7 @@ class FeedForward(nnx.Module):
         self.up = weight(config, (d, hidden), ("embed", "mlp"))
         self.down = weight(config, (hidden, d), ("mlp", "embed"))
 
-    def __call__(self, x_BSD: jax.Array) -> jax.Array:
+    def __call__(self, x_BSD: jax.Array, mesh: Mesh | None = None) -> jax.Array:
         """[B, S, D] to [B, S, D], in x's dtype."""
-        gate, up, down = (w[...].astype(x_BSD.dtype) for w in (self.gate, self.up, self.down))
-        return (jax.nn.silu(x_BSD @ gate) * (x_BSD @ up)) @ down
+        gate, up = (product("bsd,df->bsf", x_BSD, w[...], ("embed", "mlp"), mesh) for w in (self.gate, self.up))
+        return product("bsf,fd->bsd", jax.nn.silu(gate) * up, self.down[...], ("mlp", "embed"), mesh)

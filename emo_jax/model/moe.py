@@ -15,7 +15,7 @@ from emo_jax.model.config import ModelConfig, PoolConfig
 from emo_jax.model.layers import FeedForward, weight
 from emo_jax.model.routing import Kept, PoolDraws, Routing, route
 from emo_jax.model.remat import REMAT
-from emo_jax.parallel import MeshConfig, map_experts
+from emo_jax.parallel import MeshConfig, map_experts, product
 
 
 class RoutedExperts(nnx.Module):
@@ -38,11 +38,12 @@ class MixtureOfExperts(nnx.Module):
         if config.num_shared_experts:
             self.shared = FeedForward(config, config.num_shared_experts * config.d_expert)
 
-    def router_logits(self, x_BSD: jax.Array) -> jax.Array:
+    def router_logits(self, x_BSD: jax.Array, mesh: Mesh | None = None) -> jax.Array:
         """z, [B, S, R], float32 or wider."""
         wide = jnp.promote_types(x_BSD.dtype, jnp.float32)
         # The default float32 product is bfloat16 on TPU and TF32 on GPU, and flips choices.
-        return jnp.einsum("bsd,dr->bsr", x_BSD.astype(wide), self.router[...].astype(wide), precision="highest")
+        router = self.router[...]
+        return product("bsd,dr->bsr", x_BSD.astype(wide), router, ("embed", "expert"), mesh, precision="highest")
 
     def __call__(
         self,
@@ -74,7 +75,7 @@ class MixtureOfExperts(nnx.Module):
           kept: a subset of the experts, or None for all.
         """
         routing = route(
-            self.router_logits(x_BSD),
+            self.router_logits(x_BSD, mesh),
             document_ids_BS,
             choices=self.config.num_choices,
             normalize=self.config.normalize_top_k,
@@ -95,5 +96,5 @@ class MixtureOfExperts(nnx.Module):
         run = map_experts(compute, mesh, exchange or MeshConfig(), REMAT[self.config.remat])
         y_BSD, load = run(x_BSD, routing.indices_BSC, routing.weights_BSC, *weights)
         if self.config.num_shared_experts:
-            y_BSD += jnp.where(document_ids_BS[..., None] > 0, self.shared(x_BSD), 0)
+            y_BSD += jnp.where(document_ids_BS[..., None] > 0, self.shared(x_BSD, mesh), 0)
         return y_BSD, routing._replace(load_NC=load)

@@ -50,7 +50,7 @@ class Block(nnx.Module):
         if hasattr(self, "moe"):
             y_BSD, decided = self.moe(read_BSD, document_ids_BS, mesh=mesh, **routing)
         else:
-            y_BSD = self.ffn(read_BSD)
+            y_BSD = self.ffn(read_BSD, mesh)
         return x_BSD + self._norm(y_BSD, self.ffn_norm, self.post), decided, seen
 
     def attend(

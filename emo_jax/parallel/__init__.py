@@ -2,13 +2,15 @@
 
 from emo_jax.parallel.config import MeshConfig
 from emo_jax.parallel.embedding import lookup
-from emo_jax.parallel.exchange import COMBINED, DISPATCHED, EXPERTS, map_experts, rank_load
+from emo_jax.parallel.exchange import COMBINED, DISPATCHED, map_experts, rank_load
 from emo_jax.parallel.sharding import (
+    GATHERED,
     TOKENS,
     batch_sharding,
     make_mesh,
     map_tokens,
     param_sharding,
+    product,
     put_rows,
     replicated,
     scattered,
@@ -18,7 +20,7 @@ from emo_jax.parallel.sharding import (
 __all__ = [
     "COMBINED",
     "DISPATCHED",
-    "EXPERTS",
+    "GATHERED",
     "TOKENS",
     "MeshConfig",
     "batch_sharding",
@@ -27,6 +29,7 @@ __all__ = [
     "map_experts",
     "map_tokens",
     "param_sharding",
+    "product",
     "put_rows",
     "rank_load",
     "replicated",

@@ -22,13 +22,13 @@ from jax.sharding import Mesh, PartitionSpec
 
 from emo_jax.kernels.experts.dispatch import combine, dispatch, dispatch_weights, plan
 from emo_jax.parallel.config import AXES, MeshConfig
-from emo_jax.parallel.sharding import TOKENS, mesh_axes, param_sharding, vary
+from emo_jax.parallel.sharding import GATHERED, TOKENS, mesh_axes, param_sharding, vary
 
 Compute = Callable[..., jax.Array]
 """(x_TD, indices_TC, weights_TC, gate_RDF, up_RDF, down_RFD, filled=most choices with an expert) → y_TD."""
 
-DISPATCHED, COMBINED, EXPERTS = "dispatched", "combined", "experts"
-"""Names for remat policies: tokens that arrived at their experts, what came back, and weights gathered for a layer."""
+DISPATCHED, COMBINED = "dispatched", "combined"
+"""Names for remat policies: tokens that arrived at their experts, and what came back."""
 
 
 def best_exchange(ranks: int, choices: int) -> str:
@@ -86,7 +86,7 @@ def map_experts(
             if regroup:
                 w = jax.lax.all_to_all(w, pieces, split_axis=0, concat_axis=width, tiled=True)
             w = jax.lax.all_gather(w, pieces, axis=0 if regroup else width, tiled=True)
-        return checkpoint_name(w, EXPERTS)
+        return checkpoint_name(w, GATHERED)
 
     def exchanged(
         x_BSD: jax.Array, indices_BSC: jax.Array, weights_BSC: jax.Array, *own: jax.Array
@@ -278,44 +278,52 @@ def _all_to_all(compute: Compute, size: int, count: int, choices: int, ranks: in
         segments = _Segments(high - low, source_XX + low - queue_XX, low - turn * size)
         # What arrives here lies in the order of its sender, then its expert.
         place_M = turn * size + jnp.arange(size, dtype=jnp.int32)
-        bounds = jnp.cumsum(arriving_XR.reshape(-1))
-        expert_M = jnp.searchsorted(bounds, place_M, side="right").astype(jnp.int32) % count
-        expert_M = jnp.where(place_M < bounds[-1], expert_M, count)
-        there, weight_M1 = (
+        ends = jnp.cumsum(arriving_XR.reshape(-1))
+        expert_M = (place_M[:, None] >= ends[None]).sum(1, dtype=jnp.int32) % count
+        expert_M = jnp.where(place_M < ends[-1], expert_M, count)
+        there, weight_M = (
             checkpoint_name(_move(ragged, size, rows, segments), DISPATCHED)
-            for rows in (dispatch(x_TD, order), dispatch_weights(weights_TC, order)[:, None])
+            for rows in (dispatch(x_TD, order), dispatch_weights(weights_TC, order))
         )
-        y_MD = compute(there, expert_M[:, None], weight_M1, *own, filled=size)
+        y_MD = compute(there, expert_M[:, None], weight_M[:, None], *own, filled=size)
         return combine(_move(ragged, choices, y_MD, segments.back()), order)
 
     return _Transport(route, share)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _move(ragged: bool, size: int, rows_MD: jax.Array, segments: _Segments) -> jax.Array:
-    """Rows to other ranks, [size, D] that arrived here; 0 where none did. Its transpose moves them back."""
+def _move(ragged: bool, size: int, rows: jax.Array, segments: _Segments) -> jax.Array:
+    """Rows to other ranks: [size, D], or [size], that arrived here; 0 where none did. Its transpose moves them back."""
     me = jax.lax.axis_index("expert")
     count_XX, source_XX, target_XX = segments
+    place_1M = jnp.arange(size, dtype=jnp.int32)[None]
+    if rows.ndim == 1:
+        # Single numbers would be filled up to a TPU's 128 lanes: all are gathered, and those for this rank taken.
+        offset_XM = place_1M - target_XX[:, me][:, None]
+        held_XM = (offset_XM >= 0) & (offset_XM < count_XX[:, me][:, None])
+        index_XM = source_XX[:, me][:, None] + offset_XM + jnp.arange(len(count_XX))[:, None] * len(rows)
+        index_M = jnp.where(held_XM, index_XM, 0).sum(0)
+        every = jax.lax.all_gather(rows, "expert", tiled=True)
+        return jnp.where(held_XM.any(0), every[index_M], 0)
     if ragged:
-        empty_MD = jax.lax.pcast(jnp.zeros((size, rows_MD.shape[1]), rows_MD.dtype), AXES, to="varying")
+        empty_MD = jax.lax.pcast(jnp.zeros((size, rows.shape[1]), rows.dtype), AXES, to="varying")
         given = [a.astype(jnp.int32) for a in (source_XX[me], count_XX[me], target_XX[me], count_XX[:, me])]
-        return jax.lax.ragged_all_to_all(rows_MD, empty_MD, *given, axis_name="expert")
+        return jax.lax.ragged_all_to_all(rows, empty_MD, *given, axis_name="expert")
     # What a CPU lacks, padded: to each rank its whole buffer, empty but for what is sent from here.
-    place_XM = jnp.arange(size, dtype=jnp.int32)[None] - target_XX[me][:, None]
-    held_XM = (place_XM >= 0) & (place_XM < count_XX[me][:, None])
-    index_XM = jnp.where(held_XM, source_XX[me][:, None] + place_XM, len(rows_MD))
-    sent_XMD = rows_MD.at[index_XM].get(mode="fill", fill_value=0)
+    offset_XM = place_1M - target_XX[me][:, None]
+    held_XM = (offset_XM >= 0) & (offset_XM < count_XX[me][:, None])
+    index_XM = jnp.where(held_XM, source_XX[me][:, None] + offset_XM, len(rows))
+    sent_XMD = rows.at[index_XM].get(mode="fill", fill_value=0)
     return jax.lax.all_to_all(sent_XMD, "expert", split_axis=0, concat_axis=0, tiled=True).sum(0)
 
 
-def _move_fwd(ragged: bool, size: int, rows_MD: jax.Array, segments: _Segments) -> tuple[jax.Array, tuple]:
-    return _move(ragged, size, rows_MD, segments), (rows_MD[:, :0], segments)
+def _move_fwd(ragged: bool, size: int, rows: jax.Array, segments: _Segments) -> tuple[jax.Array, tuple]:
+    return _move(ragged, size, rows, segments), (jnp.zeros((len(rows), 0)), segments)
 
 
-def _move_bwd(ragged: bool, size: int, saved: tuple, g_MD: jax.Array) -> tuple[jax.Array, _Segments]:
-    rows_M0, segments = saved
-    back = _move(ragged, len(rows_M0), g_MD, segments.back())
-    return back, jax.tree.map(_no_gradient, segments)
+def _move_bwd(ragged: bool, size: int, saved: tuple, g: jax.Array) -> tuple[jax.Array, _Segments]:
+    like, segments = saved
+    return _move(ragged, len(like), g, segments.back()), jax.tree.map(_no_gradient, segments)
 
 
 _move.defvjp(_move_fwd, _move_bwd)

@@ -5,7 +5,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -17,6 +19,8 @@ ROW_AXES = ("data", "fsdp", "expert")
 TOKENS = PartitionSpec(ROW_AXES, "context")
 """Of arrays that begin with [B, S]."""
 
+GATHERED = "gathered"
+"""Name of gathered weights for remat policies: no layer's are kept for the backward pass."""
 RULES: dict[str, tuple[str, ...] | None] = {
     "embed": ("fsdp", "context"),
     "vocab": ("expert",),
@@ -167,12 +171,12 @@ def whole(w: jax.Array, spec: PartitionSpec) -> jax.Array:
     for dimension, axes in enumerate(spec):
         if axes:
             w = jax.lax.all_gather(w, axes, axis=dimension, tiled=True)
-    return w
+    return checkpoint_name(w, GATHERED)
 
 
 def scattered(g: jax.Array, spec: PartitionSpec) -> jax.Array:
     """Within a `shard_map`: the sum over devices of what `whole` was multiplied into, split by `spec`."""
-    for dimension, axes in enumerate(spec):
+    for dimension, axes in reversed(list(enumerate(spec))):
         if axes:
             g = jax.lax.psum_scatter(g, axes, scatter_dimension=dimension, tiled=True)
     return g
@@ -226,6 +230,29 @@ def map_tokens(
         return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=out_specs, check_vma=check_vma)(*args)
 
     return mapped
+
+
+def product(
+    equation: str,
+    x_BSD: jax.Array,
+    weight: jax.Array,
+    axes: tuple[str, ...],
+    mesh: Mesh | None,
+    precision: str | None = None,
+) -> jax.Array:
+    """einsum(equation, tokens, weight), tokens [B, S, ...] first, as each device computes it for its own tokens.
+
+    The weight, of the logical `axes`, is gathered in the tokens' dtype, and its gradient scattered: left to the
+    compiler, devices would add up whole gradients, and for several layers at once.
+    """
+    spec = PartitionSpec()
+    if mesh is not None and mesh.size > 1:
+        spec = param_sharding(mesh, PartitionSpec(*axes), weight.shape).spec
+
+    def local(x_BSD: jax.Array, weight: jax.Array) -> jax.Array:
+        return jnp.einsum(equation, x_BSD, whole(weight, spec), precision=precision)
+
+    return map_tokens(local, mesh, token_args=1, weights=[spec])(x_BSD, weight.astype(x_BSD.dtype))
 
 
 def put_rows(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
