@@ -128,8 +128,13 @@ class Transformer(nnx.Module):
         x_BSD = lookup(self.embedding[...], tokens_BS, self.config.dtype, mesh)
         routings: list[Routing] = []
         seen: list[KeyValues] = []
+        before_BSD = x_BSD
         for block in self.layers.values():
             graph, state = nnx.split(block)
+            spread = mesh is not None and mesh.size > 1
+            if spread:
+                # A layer's weights are gathered while the layer before it computes, and not all before the first.
+                (state, _), before_BSD = jax.lax.optimization_barrier((state, before_BSD)), x_BSD
             context = {
                 "pool": pool,
                 "past": past[len(seen)] if past is not None else None,
@@ -145,7 +150,7 @@ class Transformer(nnx.Module):
             def run(state, x_BSD, draws, graph=graph, context=context):
                 return nnx.merge(graph, state)(x_BSD, document_ids_BS, positions_BS, draws=draws, **context)
 
-            if self.config.remat != "none" or (mesh is not None and mesh.size > 1):
+            if self.config.remat != "none" or spread:
                 run = jax.checkpoint(run, policy=REMAT[self.config.remat])
             x_BSD, routing, own = run(state, x_BSD, draws if pool else None)
             seen.append(own)
