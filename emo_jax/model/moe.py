@@ -14,7 +14,6 @@ from emo_jax.kernels.experts import best_implementation, routed_experts
 from emo_jax.model.config import ModelConfig, PoolConfig
 from emo_jax.model.layers import FeedForward, weight
 from emo_jax.model.routing import Kept, PoolDraws, Routing, route
-from emo_jax.model.remat import REMAT
 from emo_jax.parallel import MeshConfig, map_experts, product
 
 
@@ -93,7 +92,8 @@ class MixtureOfExperts(nnx.Module):
         if implementation != "sliced":  # which converts no more than it reads
             weights = [w.astype(x_BSD.dtype) for w in weights]
         compute = functools.partial(routed_experts, implementation=implementation)
-        run = map_experts(compute, mesh, exchange or MeshConfig(), REMAT[self.config.remat])
+        dispatched = self.config.remat in ("none", "exchange")
+        run = map_experts(compute, mesh, exchange or MeshConfig(), keep_dispatched=dispatched)
         y_BSD, load = run(x_BSD, routing.indices_BSC, routing.weights_BSC, *weights)
         if self.config.num_shared_experts:
             y_BSD += jnp.where(document_ids_BS[..., None] > 0, self.shared(x_BSD, mesh), 0)

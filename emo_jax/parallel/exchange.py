@@ -31,21 +31,27 @@ DISPATCHED, COMBINED = "dispatched", "combined"
 """Names for remat policies: tokens that arrived at their experts, and what came back."""
 
 
+UNROLL = 2
+"""Chunks that the compiler sees at once: enough to overlap the exchange of one with the products of another."""
+
+
 def best_exchange(ranks: int, choices: int) -> str:
     """The transport that sends fewer bytes: T·(X−1) rows against T·C·(X−1)/X, in each direction."""
     return "ring" if ranks <= choices else "all_to_all"
 
 
 def map_experts(
-    compute: Compute, mesh: Mesh | None, config: MeshConfig, keep: Callable[..., bool] | None = None
+    compute: Compute, mesh: Mesh | None, config: MeshConfig, keep_dispatched: bool = True
 ) -> Callable[..., tuple[jax.Array, jax.Array | None]]:
     """Runs routed experts on every device's own tokens, with each rank of the `expert` axis computing its own experts.
 
     Args:
       compute: the experts of some tokens; an index of R, one past the last, is a choice without.
-      mesh: None, or one device: `compute` itself.
-      config: its transport, buffer and chunks; its chunks must divide a device's tokens.
-      keep: the remat policy for what a chunk computes, where there are several; None: all is kept.
+      mesh: None, or one device: all experts are its own.
+      config: its transport, buffer and chunks; its chunks must divide a device's tokens. With several, the backward
+        pass computes a chunk's products again.
+      keep_dispatched: whether the backward pass of several chunks finds their tokens where they were sent, or sends
+        them again.
 
     Returns:
       (x_BSD, indices_BSC, weights_BSC, gate_RDF, up_RDF, down_RFD) → y_BSD, and the choices that arrived on each
@@ -54,23 +60,28 @@ def map_experts(
     """
     ranks = mesh.shape["expert"] if mesh is not None else 1
 
-    def cut(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-        """The tokens' arrays [B, S, ...] in chunks, [chunks, T / chunks, ...]."""
-        return tuple(a.reshape(config.chunks, -1, a.shape[-1]) for a in arrays)
-
-    def in_turn(share: Callable[..., jax.Array], chunks: tuple) -> jax.Array:
-        """The results of `share`, chunk after chunk, two of them in the compiler's sight."""
-        if config.chunks == 1:
-            return share(jax.tree.map(lambda a: a[0], chunks))[None]
-        share = share if keep is None else jax.checkpoint(share, policy=keep)
-        return jax.lax.scan(lambda _, chunk: (None, share(chunk)), None, chunks, unroll=min(2, config.chunks))[1]
-
-    def alone(x_BSD: jax.Array, indices_BSC: jax.Array, weights_BSC: jax.Array, *experts: jax.Array) -> jax.Array:
-        chunks = cut(x_BSD, indices_BSC, weights_BSC)
-        return in_turn(lambda chunk: compute(*chunk, *experts), chunks).reshape(x_BSD.shape)
+    def local(
+        x_BSD: jax.Array, indices_BSC: jax.Array, weights_BSC: jax.Array, *own: jax.Array
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """This device's tokens, and the experts that are its own."""
+        x, indices, weights = (a.reshape(config.chunks, -1, a.shape[-1]) for a in (x_BSD, indices_BSC, weights_BSC))
+        if ranks == 1:
+            y = _in_chunks(_here(compute), keep_dispatched)(indices, (x, weights), own)
+            return y.reshape(x_BSD.shape), None
+        kind = best_exchange(ranks, indices.shape[-1]) if config.exchange == "auto" else config.exchange
+        choices = indices.size // config.chunks
+        size = buffer_size(choices, ranks, config.buffer)
+        make = _ring if kind == "ring" else functools.partial(_all_to_all, ragged=platform != "cpu")
+        transport = make(compute, size, len(own[0]), choices, ranks)
+        routes, loads = jax.lax.map(transport.route, indices)
+        rounds = None
+        if ranks * choices > size:
+            rounds = jax.lax.pmax(-(-loads // size), AXES)  # every rank takes part in each round
+        y = _in_chunks(transport, keep_dispatched)(routes, (x, weights), own, rounds)
+        return checkpoint_name(y.reshape(x_BSD.shape), COMBINED), loads[None]
 
     if mesh is None or mesh.size == 1:
-        return lambda *args: (alone(*args), None)
+        return local
 
     def own_experts(w: jax.Array, spec: PartitionSpec, width: int) -> jax.Array:
         """This rank's experts, whole; what rests in pieces is exchanged here, so that gradients are scattered."""
@@ -87,23 +98,6 @@ def map_experts(
                 w = jax.lax.all_to_all(w, pieces, split_axis=0, concat_axis=width, tiled=True)
             w = jax.lax.all_gather(w, pieces, axis=0 if regroup else width, tiled=True)
         return checkpoint_name(w, GATHERED)
-
-    def exchanged(
-        x_BSD: jax.Array, indices_BSC: jax.Array, weights_BSC: jax.Array, *own: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        choices = indices_BSC.shape[-1]
-        kind = best_exchange(ranks, choices) if config.exchange == "auto" else config.exchange
-        choices = indices_BSC.size // config.chunks
-        size = buffer_size(choices, ranks, config.buffer)
-        make = _ring if kind == "ring" else functools.partial(_all_to_all, ragged=platform != "cpu")
-        transport = make(compute, size, len(own[0]), choices, ranks)
-        x, indices, weights = cut(x_BSD, indices_BSC, weights_BSC)
-        routes, loads = jax.lax.map(transport.route, indices)
-        # Every rank takes part in each round of each.
-        rounds = jax.lax.pmax(-(-loads // size), AXES)
-        run = _in_rounds(transport.share, in_turn, math.ceil(ranks * choices / size))
-        y = run(rounds, routes, (x, weights, own)).reshape(x_BSD.shape)
-        return checkpoint_name(y, COMBINED), loads[None]
 
     platform = mesh.devices.flat[0].platform
     shards = math.prod(mesh.shape[axis] for axis in ("fsdp", "expert", "context"))
@@ -124,14 +118,14 @@ def map_experts(
             param_sharding(mesh, PartitionSpec(*axes), w.shape).spec for axes, w in zip(names, experts, strict=True)
         ]
 
-        def local(x_BSD: jax.Array, indices_BSC: jax.Array, weights_BSC: jax.Array, *experts: jax.Array) -> Any:
-            own = tuple(own_experts(w, *rest) for w, rest in zip(experts, zip(specs, widths, strict=True), strict=True))
-            return (exchanged if ranks > 1 else alone)(x_BSD, indices_BSC, weights_BSC, *own)
+        def gathered(x_BSD: jax.Array, indices_BSC: jax.Array, weights_BSC: jax.Array, *experts: jax.Array) -> Any:
+            own = [own_experts(*given) for given in zip(experts, specs, widths, strict=True)]
+            return local(x_BSD, indices_BSC, weights_BSC, *own)
 
-        out_specs = (TOKENS, PartitionSpec(AXES)) if ranks > 1 else TOKENS
-        run = jax.shard_map(local, mesh=mesh, in_specs=(TOKENS, TOKENS, TOKENS, *specs), out_specs=out_specs)
-        results = run(x_BSD, indices_BSC, weights_BSC, *experts)
-        return results if ranks > 1 else (results, None)
+        in_specs = (TOKENS, TOKENS, TOKENS, *specs)
+        out_specs = (TOKENS, PartitionSpec(AXES) if ranks > 1 else None)
+        run = jax.shard_map(gathered, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
+        return run(x_BSD, indices_BSC, weights_BSC, *experts)
 
     return mapped
 
@@ -161,74 +155,118 @@ class _Transport(NamedTuple):
 
     Attributes:
       route: their indices_TC → where each goes, and how many choices arrive here.
-      share: (turn, route, (x_TD, weights_TC, own experts)) → y_TD, of the choices that fit into one round.
+      send: (turn, route, (x_TD, weights_TC)) → what arrives here of the choices that fit into one round; linear.
+      finish: (turn, route, what arrived, own experts) → y_TD, back where the tokens came from.
     """
 
     route: Callable[[jax.Array], tuple[Any, jax.Array]]
-    share: Callable[[jax.Array, Any, tuple], jax.Array]
+    send: Callable[[jax.Array, Any, Any], Any]
+    finish: Callable[[jax.Array, Any, Any, Any], jax.Array]
 
 
-def _in_rounds(share: Callable[[jax.Array, Any, tuple], jax.Array], in_turn: Callable[..., Any], most: int) -> Any:
-    """(rounds, routes, (x, weights, own)), all but the last by chunk → the sum of a chunk's rounds, for each.
+def _in_chunks(transport: _Transport, keep_dispatched: bool) -> Callable[..., jax.Array]:
+    """(routes, (x, weights), own, rounds=None) → y, all but the experts by chunk; rounds: of each chunk, if not 1.
 
-    First rounds are differentiated as usual, and what remat policies name in them can be kept. Whether there are more
-    is known only as the step runs; they keep nothing for the backward pass, which runs them again.
+    The first round of a single chunk is differentiated as usual, and what remat policies name in it can be kept.
+    Further rounds keep nothing for the backward pass, which runs them again: whether there are any is known only as
+    the step runs.
     """
+    _, send, finish = transport
+    first = 0
 
-    def first(routes: Any, arrays: tuple) -> jax.Array:
-        x, weights, own = arrays
-        zero = jnp.int32(0)
-        return in_turn(lambda chunk: share(zero, chunk[0], (*chunk[1:], own)), (routes, x, weights))
+    def at(chunk: jax.Array | int, tree: Any) -> Any:
+        return jax.tree.map(lambda a: a[chunk], tree)
 
-    if most <= 1:
-        return lambda rounds, routes, arrays: first(routes, arrays)
+    def share(turn: jax.Array | int, route: Any, tokens: Any, own: Any) -> jax.Array:
+        return finish(turn, route, send(turn, route, tokens), own)
 
-    def further(rounds: jax.Array, total: Any, add: Callable[[Any, jax.Array, jax.Array], Any]) -> Any:
+    def share_gradients(
+        turn: jax.Array | int, route: Any, tokens: Any, own: Any, there: Any, g: jax.Array
+    ) -> tuple:
+        there = send(turn, route, tokens) if there is None else there
+        by_there, by_own = jax.vjp(functools.partial(finish, turn, route), there, own)[1](g)
+        return jax.vjp(functools.partial(send, turn, route), tokens)[1](by_there)[0], by_own
+
+    def further(rounds: jax.Array | None, total: Any, add: Callable[[Any, jax.Array, jax.Array], Any]) -> Any:
         """`total`, after `add(total, chunk, turn)` for each further round."""
+        if rounds is None:
+            return total
         ends = jnp.cumsum(rounds - 1)
 
         def body(carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
             done, total = carry
-            chunk = jnp.searchsorted(ends, done, side="right")
+            chunk = (done >= ends).sum(dtype=jnp.int32)
             return done + 1, add(total, chunk, done - ends[chunk] + rounds[chunk])
 
         return jax.lax.while_loop(lambda carry: carry[0] < ends[-1], body, (jnp.int32(0), total))[1]
 
-    def at(chunk: jax.Array, tree: Any) -> Any:
-        return jax.tree.map(lambda a: a[chunk], tree)
-
-    def add_y(routes: Any, arrays: tuple) -> Callable[..., jax.Array]:
-        x, weights, own = arrays
-        return lambda y, chunk, turn: y.at[chunk].add(share(turn, at(chunk, routes), (*at(chunk, (x, weights)), own)))
-
     @jax.custom_vjp
-    def run(rounds: jax.Array, routes: Any, arrays: tuple) -> jax.Array:
-        return further(rounds, first(routes, arrays), add_y(routes, arrays))
+    def run(routes: Any, tokens: Any, own: Any, rounds: jax.Array | None) -> jax.Array:
+        return forward(routes, tokens, own, rounds, differentiated=False)[0]
 
-    def forward(rounds: jax.Array, routes: Any, arrays: tuple) -> tuple[jax.Array, tuple]:
-        y, pull = jax.vjp(functools.partial(first, routes), arrays)
-        return further(rounds, y, add_y(routes, arrays)), (rounds, routes, arrays, pull)
+    def forward(
+        routes: Any, tokens: Any, own: Any, rounds: jax.Array | None, differentiated: bool = True
+    ) -> tuple[jax.Array, tuple]:
+        kept = None
+        if len(tokens[0]) > 1:
+
+            def body(_: None, chunk: tuple) -> tuple[None, tuple]:
+                there = send(first, *chunk)
+                return None, (finish(first, chunk[0], there, own), there if differentiated and keep_dispatched else None)
+
+            _, (y, kept) = jax.lax.scan(body, None, (routes, tokens), unroll=UNROLL)
+        else:
+
+            def only(tokens: Any, own: Any) -> jax.Array:
+                return share(first, at(0, routes), at(0, tokens), own)[None]
+
+            y, kept = jax.vjp(only, tokens, own) if differentiated else (only(tokens, own), None)
+
+        def add(y: jax.Array, chunk: jax.Array, turn: jax.Array) -> jax.Array:
+            return y.at[chunk].add(share(turn, at(chunk, routes), at(chunk, tokens), own))
+
+        return further(rounds, y, add), (routes, tokens, own, rounds, kept)
 
     def backward(saved: tuple, g: jax.Array) -> tuple:
-        rounds, routes, (x, weights, own), pull = saved
+        routes, tokens, own, rounds, kept = saved
+        if len(tokens[0]) > 1:
+            # Zeros that nothing held back would be made, for all layers, before any of their backward passes.
+            zeros, g = jax.lax.optimization_barrier((jax.tree.map(jnp.zeros_like, own), g))
+
+            def body(total: Any, chunk: tuple) -> tuple[Any, Any]:
+                route, some, there, g = chunk
+                by_tokens, by_own = share_gradients(first, route, some, own, there, g)
+                return jax.tree.map(jnp.add, total, by_own), by_tokens
+
+            by_own, by_tokens = jax.lax.scan(body, zeros, (routes, tokens, kept, g), unroll=UNROLL)
+        else:
+            by_tokens, by_own = kept(g)
 
         def add(total: tuple, chunk: jax.Array, turn: jax.Array) -> tuple:
-            some = (*at(chunk, (x, weights)), own)
-            _, again = jax.vjp(functools.partial(share, turn, at(chunk, routes)), some)
-            *parts, by_own = again(g[chunk])[0]
-            *totals, total_own = total
-            totals = (a.at[chunk].add(part) for a, part in zip(totals, parts, strict=True))
-            return *totals, jax.tree.map(jnp.add, total_own, by_own)
+            *parts, more = share_gradients(turn, at(chunk, routes), at(chunk, tokens), own, None, g[chunk])
+            by_tokens, by_own = total
+            by_tokens = jax.tree.map(lambda a, part: a.at[chunk].add(part), by_tokens, parts[0])
+            return by_tokens, jax.tree.map(jnp.add, by_own, more)
 
-        grads = further(rounds, pull(g)[0], add)
-        return *jax.tree.map(_no_gradient, (rounds, routes)), grads
+        by_tokens, by_own = further(rounds, (by_tokens, by_own), add)
+        return jax.tree.map(_no_gradient, routes), by_tokens, by_own, jax.tree.map(_no_gradient, rounds)
 
     run.defvjp(forward, backward)
-    return run
+    return lambda routes, tokens, own, rounds=None: run(routes, tokens, own, rounds)
 
 
 def _no_gradient(a: jax.Array) -> np.ndarray:
     return np.zeros(a.shape, jax.dtypes.float0)
+
+
+def _here(compute: Compute) -> _Transport:
+    """No transport: this device has all experts."""
+
+    def finish(turn: jax.Array, indices_TC: jax.Array, there: Any, own: Any) -> jax.Array:
+        x_TD, weights_TC = there
+        return compute(x_TD, indices_TC, weights_TC, *own)
+
+    return _Transport(lambda indices_TC: (indices_TC, indices_TC.size), lambda turn, route, tokens: tokens, finish)
 
 
 def _ring(compute: Compute, size: int, count: int, choices: int, ranks: int) -> _Transport:
@@ -239,16 +277,17 @@ def _ring(compute: Compute, size: int, count: int, choices: int, ranks: int) -> 
         place_TC = jnp.cumsum(here_TC.reshape(-1), dtype=jnp.int32).reshape(here_TC.shape) - 1
         return (own_TC, jnp.where(here_TC, place_TC // size, -1)), here_TC.sum(dtype=jnp.int32)
 
-    def share(turn: jax.Array, route: Any, arrays: tuple) -> jax.Array:
+    def send(turn: jax.Array, route: Any, tokens: Any) -> Any:
+        gather = functools.partial(jax.lax.all_gather, axis_name="expert", axis=0, tiled=True)
+        return jax.tree.map(lambda a: checkpoint_name(gather(a), DISPATCHED), tokens)
+
+    def finish(turn: jax.Array, route: Any, there: Any, own: Any) -> jax.Array:
         own_TC, round_TC = route
-        *tokens, own = arrays
-        x, weights = (
-            checkpoint_name(jax.lax.all_gather(a, "expert", axis=0, tiled=True), DISPATCHED) for a in tokens
-        )
+        x, weights = there
         y = compute(x, jnp.where(round_TC == turn, own_TC, count), weights, *own, filled=size)
         return jax.lax.psum_scatter(y, "expert", scatter_dimension=0, tiled=True)
 
-    return _Transport(route, share)
+    return _Transport(route, send, finish)
 
 
 class _Segments(NamedTuple):
@@ -269,26 +308,30 @@ def _all_to_all(compute: Compute, size: int, count: int, choices: int, ranks: in
         arriving_XR = jax.lax.dynamic_slice_in_dim(sent_XR, jax.lax.axis_index("expert") * count, count, axis=1)
         return (order, sent_XR.reshape(ranks, ranks, count).sum(2), arriving_XR), arriving_XR.sum()
 
-    def share(turn: jax.Array, route: Any, arrays: tuple) -> jax.Array:
-        order, sent_XX, arriving_XR = route
-        x_TD, weights_TC, own = arrays
+    def segments(turn: jax.Array, route: Any) -> _Segments:
+        _, sent_XX, _ = route
         queue_XX = jnp.cumsum(sent_XX, axis=0) - sent_XX  # behind what earlier ranks send to the same
         source_XX = jnp.cumsum(sent_XX, axis=1) - sent_XX
         low, high = (jnp.clip(q, turn * size, (turn + 1) * size) for q in (queue_XX, queue_XX + sent_XX))
-        segments = _Segments(high - low, source_XX + low - queue_XX, low - turn * size)
+        return _Segments(high - low, source_XX + low - queue_XX, low - turn * size)
+
+    def send(turn: jax.Array, route: Any, tokens: Any) -> Any:
+        x_TD, weights_TC = tokens
+        rows = (dispatch(x_TD, route[0]), dispatch_weights(weights_TC, route[0]))
+        return tuple(checkpoint_name(_move(ragged, size, a, segments(turn, route)), DISPATCHED) for a in rows)
+
+    def finish(turn: jax.Array, route: Any, there: Any, own: Any) -> jax.Array:
+        order, _, arriving_XR = route
+        x_MD, weight_M = there
         # What arrives here lies in the order of its sender, then its expert.
         place_M = turn * size + jnp.arange(size, dtype=jnp.int32)
         ends = jnp.cumsum(arriving_XR.reshape(-1))
         expert_M = (place_M[:, None] >= ends[None]).sum(1, dtype=jnp.int32) % count
         expert_M = jnp.where(place_M < ends[-1], expert_M, count)
-        there, weight_M = (
-            checkpoint_name(_move(ragged, size, rows, segments), DISPATCHED)
-            for rows in (dispatch(x_TD, order), dispatch_weights(weights_TC, order))
-        )
-        y_MD = compute(there, expert_M[:, None], weight_M[:, None], *own, filled=size)
-        return combine(_move(ragged, choices, y_MD, segments.back()), order)
+        y_MD = compute(x_MD, expert_M[:, None], weight_M[:, None], *own, filled=size)
+        return combine(_move(ragged, choices, y_MD, segments(turn, route).back()), order)
 
-    return _Transport(route, share)
+    return _Transport(route, send, finish)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import AbstractMesh, NamedSharding
 
 from emo_jax.kernels.experts import routed_experts
-from emo_jax.parallel import TOKENS, MeshConfig, make_mesh, map_experts, rank_load
+from emo_jax.parallel import TOKENS, MeshConfig, make_mesh, map_experts, rank_load, replicated
 from emo_jax.parallel.config import AXES
 from emo_jax.parallel.exchange import best_exchange, buffer_size
 
@@ -63,9 +63,10 @@ def mesh_of(*shape):
 
 
 def place(mesh, given, cotangent_BSD):
-    """What has a token split over the mesh."""
-    tokens = NamedSharding(mesh, TOKENS)
-    return [jax.device_put(a, tokens) for a in given[:3]], given[3:], jax.device_put(cotangent_BSD, tokens)
+    """What has a token split over the mesh, weights whole on each device."""
+    tokens, whole = NamedSharding(mesh, TOKENS), replicated(mesh)
+    placed = [jax.device_put(a, tokens if i < 3 else whole) for i, a in enumerate(given)]
+    return placed[:3], placed[3:], jax.device_put(cotangent_BSD, tokens)
 
 
 @pytest.mark.parametrize("exchange", ["ring", "all_to_all"])

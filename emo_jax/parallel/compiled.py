@@ -1,0 +1,211 @@
+"""What a compiled step does, read from its HLO: what crosses the mesh, along which axes, and the products it computes.
+
+A compiler's own cost analysis counts the body of a loop once, whatever its length, and knows nothing of mesh axes.
+"""
+
+import itertools
+import math
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from jax.sharding import Mesh
+
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
+BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "f64": 8}
+
+_ARRAY = re.compile(r"\b(pred|bf16|[suf]\d+)\[([\d,]*)\]")
+_OP = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*)$")
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \((.*)\) -> .*\{$")
+_CALLED = re.compile(r"(?:calls|to_apply|body|called_computations|async_execution_thread)=\{?%?([\w.-]+)")
+
+
+class Collective(NamedTuple):
+    """One exchange among devices.
+
+    Attributes:
+      kind: as HLO calls it, one of `COLLECTIVES`.
+      axes: of the mesh, that it runs along; ("?",) where its groups are those of no axes.
+      sent: bytes that leave a device in one run, if no rows are empty and messages go around a ring.
+      times: runs a step; 0 in a loop whose length is known only as it runs, such as further rounds of experts.
+      name: of the operation that it comes from.
+    """
+
+    kind: str
+    axes: tuple[str, ...]
+    sent: float
+    times: int
+    name: str
+
+
+class Products(NamedTuple):
+    """FLOPs a step and device, of matrix products by the compiler and of grouped ones by kernels."""
+
+    dense: float
+    grouped: float
+
+
+def collectives(hlo: str, mesh: Mesh) -> list[Collective]:
+    """All collectives of a compiled step, but those that move no more than 4 KiB in one run."""
+    groups = _axis_groups(mesh)
+    found = []
+    for op in _operations(hlo):
+        kind = op.kind.removesuffix("-start")
+        if kind not in COLLECTIVES or op.kind.endswith("-done"):
+            continue
+        axes = _axes(op.text, mesh, groups)
+        members = math.prod(mesh.shape[axis] for axis in axes) if axes != ("?",) else mesh.size
+        result = op.result.split(", u32[]")[0] if op.kind.endswith("-start") else op.result
+        sizes = [_bytes(dtype, shape) for dtype, shape in _ARRAY.findall(result)]
+        if kind == "ragged-all-to-all":  # of its rows, not of the larger buffer that they come from or fill
+            sizes = [min(_bytes(*operand) for operand in op.operands[:2])]
+        elif op.kind.endswith("-start"):
+            sizes = sizes[len(sizes) // 2 :]  # operands first, then results
+        share = (members - 1) / members
+        if op.within.startswith("all-reduce-scatter"):  # which a TPU computes as one, without the whole sum
+            kind, sizes = "reduce-scatter", [size / members for size in sizes]
+        factor = {"all-reduce": 2 * share, "reduce-scatter": members - 1, "collective-permute": 1}.get(kind, share)
+        if sum(sizes) > 4096:
+            found.append(Collective(kind, axes, sum(sizes) * factor, op.times, op.name))
+    return found
+
+
+def products(hlo: str) -> Products:
+    """The matrix products of a compiled step, times their runs; those of attention kernels are not among them."""
+    dense = grouped = 0.0
+    for op in _operations(hlo):
+        if op.kind in ("dot", "convolution"):
+            left, right = (math.prod(_shape(shape)) for _, shape in op.operands[:2])
+            out = math.prod(_shape(_ARRAY.search(op.result)[2]))
+            batch = math.prod(_batch(op))
+            # out = batch·m·n, left = batch·m·k, right = batch·k·n
+            dense += op.times * 2 * out * math.sqrt(left * right / (out * batch))
+        elif op.kind == "custom-call" and op.name.startswith("ragged-dot") and "metadata" not in op.name:
+            a, b = (_shape(shape) for _, shape in op.operands[-2:])
+            out = _shape(_ARRAY.search(op.result)[2])
+            rows, width = a
+            other = b[1] if len(out) == 3 else (out[1])
+            grouped += op.times * 2 * rows * width * other
+    return Products(dense, grouped)
+
+
+class _Operation(NamedTuple):
+    name: str
+    result: str
+    kind: str
+    text: str
+    operands: list[tuple[str, str]]
+    times: int
+    within: str
+
+
+def _operations(hlo: str) -> Iterator[_Operation]:
+    """Every operation of the module, with its operands' types and how often it runs."""
+    computations: dict[str, list[str]] = {}
+    entry = current = ""
+    for line in hlo.splitlines():
+        if header := _COMPUTATION.match(line):
+            current = header[2]
+            computations[current] = [line]
+            entry = current if header[1] else entry
+        elif current:
+            computations[current].append(line)
+    times = dict.fromkeys(computations, 0)
+
+    def visit(name: str, runs: int) -> None:
+        times[name] += runs
+        for line in computations[name][1:]:
+            if " while(" in line:
+                condition, body = (re.search(rf"{key}=%?([\w.-]+)", line)[1] for key in ("condition", "body"))
+                visit(body, runs * _length(computations[condition]))
+            else:
+                for called in _CALLED.findall(line):
+                    if called in computations:
+                        visit(called, runs)
+
+    visit(entry, 1)
+    for name, lines in computations.items():
+        types: dict[str, str] = {}
+        for parameter, kind in re.findall(r"([\w.-]+): ((?:\w+)\[[\d,]*\])", lines[0]):
+            types[parameter] = kind
+        for line in lines[1:]:
+            if not (match := _OP.match(line)):
+                continue
+            types[match[1]] = match[2]
+            given = [types.get(operand, "") for operand in re.findall(r"%([\w.-]+)", match[4].split("), ")[0])]
+            operands = [found.groups() for kind in given if (found := _ARRAY.search(kind))]
+            yield _Operation(match[1], match[2], match[3], line, operands, times[name], name)
+
+
+def _length(condition: list[str]) -> int:
+    """Of a loop that counts up to a constant; 0 where it does not."""
+    text = "\n".join(condition)
+    if not re.search(r"compare\(.*direction=LT", text):
+        return 0
+    constants = re.findall(r"[su]32\[\]\S* constant\((\d+)\)", text)
+    return int(constants[0]) if len(constants) == 1 else 0
+
+
+def _batch(op: _Operation) -> tuple[int, ...]:
+    """Sizes of a dot's batch axes."""
+    found = re.search(r"lhs_batch_dims=\{([\d,]+)\}", op.text)
+    shape = _shape(op.operands[0][1])
+    return tuple(shape[int(axis)] for axis in found[1].split(",")) if found else ()
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    return tuple(int(size) for size in text.split(",") if size)
+
+
+def _bytes(dtype: str, shape: str) -> int:
+    return BYTES.get(dtype, 4) * math.prod(_shape(shape))
+
+
+def _axis_groups(mesh: Mesh) -> dict[frozenset[frozenset[int]], tuple[str, ...]]:
+    """From groups of devices, numbered in mesh order, to the axes that they lie along; axes of one device left out."""
+    ids = np.arange(mesh.size).reshape(tuple(mesh.shape.values()))
+    axes = [axis for axis in mesh.axis_names if mesh.shape[axis] > 1]
+    found = {}
+    for count in range(1, len(axes) + 1):
+        for some in itertools.combinations(axes, count):
+            last = [mesh.axis_names.index(axis) for axis in some]
+            rest = [i for i in range(ids.ndim) if i not in last]
+            size = math.prod(mesh.shape[axis] for axis in some)
+            found[_as_groups(ids.transpose(*rest, *last).reshape(-1, size))] = some
+    return found
+
+
+def _as_groups(rows: np.ndarray | list[list[int]]) -> frozenset[frozenset[int]]:
+    return frozenset(frozenset(int(device) for device in row) for row in rows)
+
+
+def _axes(text: str, mesh: Mesh, groups: dict[frozenset[frozenset[int]], tuple[str, ...]]) -> tuple[str, ...]:
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text):
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
+        last = [list(sizes).index(name) for name in re.findall(r"'(\w+)'", named[2])]
+        ids = np.arange(mesh.size).reshape(tuple(sizes.values()))
+        rest = [i for i in range(ids.ndim) if i not in last]
+        size = math.prod(list(sizes.values())[i] for i in last)
+        found = _as_groups(ids.transpose(*rest, *last).reshape(-1, size))
+    elif iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
+        ids = np.arange(mesh.size).reshape(_shape(iota[3]))
+        ids = ids.transpose(_shape(iota[4])) if iota[4] else ids
+        found = _as_groups(ids.reshape(int(iota[1]), int(iota[2])))
+    elif listed := re.search(r"replica_groups=\{(\{[\d,{} ]*\})\}", text):
+        found = _as_groups([_shape(row) for row in re.findall(r"\{([\d,]+)\}", listed[1])])
+    elif pairs := re.search(r"source_target_pairs=\{(\{[\d,{} ]*\})\}", text):
+        return _permuted(re.findall(r"\{(\d+),(\d+)\}", pairs[1]), mesh)
+    else:
+        return ("?",)
+    return groups.get(found, ("?",))
+
+
+def _permuted(pairs: list[tuple[str, str]], mesh: Mesh) -> tuple[str, ...]:
+    """The axes along which a sender and its receiver differ."""
+    shape = tuple(mesh.shape.values())
+    used = set()
+    for source, target in pairs:
+        places = (np.unravel_index(int(device), shape) for device in (source, target))
+        used |= {axis for axis, a, b in zip(mesh.axis_names, *places, strict=True) if a != b}
+    return tuple(axis for axis in mesh.axis_names if axis in used)
