@@ -82,7 +82,8 @@ def products(hlo: str) -> Products:
             # out = batch·m·n, left = batch·m·k, right = batch·k·n
             dense += op.times * 2 * out * math.sqrt(left * right / (out * batch))
         elif op.kind == "custom-call" and op.name.startswith("ragged-dot") and "metadata" not in op.name:
-            a, b = (_shape(shape) for _, shape in op.operands[-2:])
+            given = _ARRAY.findall(op.text.split("operand_layout_constraints={")[1].split("}}")[0])
+            a, b = (_shape(shape) for _, shape in given[-2:])
             out = _shape(_ARRAY.search(op.result)[2])
             rows, width = a
             other = b[1] if len(out) == 3 else (out[1])
@@ -118,7 +119,7 @@ def _operations(hlo: str) -> Iterator[_Operation]:
         for line in computations[name][1:]:
             if " while(" in line:
                 condition, body = (re.search(rf"{key}=%?([\w.-]+)", line)[1] for key in ("condition", "body"))
-                visit(body, runs * _length(computations[condition]))
+                visit(body, runs * _length(line, computations[condition]))
             else:
                 for called in _CALLED.findall(line):
                     if called in computations:
@@ -138,13 +139,13 @@ def _operations(hlo: str) -> Iterator[_Operation]:
             yield _Operation(match[1], match[2], match[3], line, operands, times[name], name)
 
 
-def _length(condition: list[str]) -> int:
+def _length(loop: str, condition: list[str]) -> int:
     """Of a loop that counts up to a constant; 0 where it does not."""
+    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop):
+        return int(known[1])
     text = "\n".join(condition)
-    if not re.search(r"compare\(.*direction=LT", text):
-        return 0
     constants = re.findall(r"[su]32\[\]\S* constant\((\d+)\)", text)
-    return int(constants[0]) if len(constants) == 1 else 0
+    return int(constants[0]) if len(constants) == 1 and re.search(r"compare\(.*direction=LT", text) else 0
 
 
 def _batch(op: _Operation) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ import importlib.util
 import re
 from pathlib import Path
 
+import jax
 import pytest
 from jax.experimental import topologies
 
@@ -47,6 +48,19 @@ def test_a_layer_of_the_released_model_compiles_with_no_more_flops_than_its_form
     wanted = flops_per_token(run.model, run.data.sequence_length) * tokens_a_chip
     flops = compiled.cost_analysis()["flops"]
     assert 0.9 * wanted < flops < 1.05 * wanted
+
+
+def test_documents_of_a_row_cost_nothing():
+    """FLOPs as the program is lowered: a document more adds a column to the sums of router probabilities."""
+    found = []
+    for documents in (8, 64):
+        run = released(layers=1, rows=4, vocab_size=2048)
+        run.data.max_documents = documents
+        mesh = run_mesh(run, jax.devices()[:4])
+        lowered = make_train_step(run, mesh).lower(abstract_state(run, mesh), abstract_batch(run, mesh))
+        found.append(lowered.cost_analysis()["flops"])
+    tokens = run.data.sequence_length * run.data.batch_size
+    assert 0 < found[1] - found[0] < 1e-2 * flops_per_token(run.model, run.data.sequence_length) * tokens
 
 
 @pytest.mark.slow

@@ -1,0 +1,83 @@
+"""What is read from compiled programs, against programs whose exchanges and products are known."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+
+from emo_jax.parallel import MeshConfig, make_mesh
+from emo_jax.parallel.compiled import collectives, products
+from emo_jax.parallel.config import AXES
+
+N = 4096  # numbers of a device, enough to be listed
+
+
+def compiled(fn, shape, *args, spec=PartitionSpec(AXES)):
+    mesh = make_mesh(MeshConfig(*shape), 4, jax.devices()[: int(np.prod(shape))])
+    sharding = NamedSharding(mesh, spec)
+    mapped = jax.shard_map(fn, mesh=mesh, in_specs=spec, out_specs=spec)
+    given = [jax.ShapeDtypeStruct(arg, jnp.float32, sharding=sharding) for arg in args]
+    return jax.jit(mapped).lower(*given).compile().as_text(), mesh
+
+
+def test_collectives_are_found_with_their_axes_bytes_and_runs():
+    def exchange(x_N):
+        x_N = jax.lax.all_gather(x_N, "fsdp", tiled=True).reshape(2, -1).sum(0)
+        x_N = jax.lax.all_to_all(x_N.reshape(2, -1), "expert", 0, 0).reshape(-1)
+
+        def body(x_N, _):
+            return jnp.sin(jax.lax.ppermute(x_N, "expert", [(0, 1), (1, 0)])), None
+
+        return jax.lax.scan(body, x_N, None, length=3)[0]
+
+    hlo, mesh = compiled(exchange, (1, 2, 2, 1), (4 * N,))
+    found = {(c.kind, c.axes): (c.sent, c.times) for c in collectives(hlo, mesh)}
+    assert found == {
+        ("all-gather", ("fsdp",)): (4 * N, 1),
+        ("all-to-all", ("expert",)): (4 * N / 2, 1),
+        ("collective-permute", ("expert",)): (4 * N, 3),
+    }
+
+
+def test_a_sum_over_several_axes_and_a_loop_of_unknown_length():
+    def exchange(x_N):
+        def body(x_N):
+            return jax.lax.pcast(jax.lax.psum(x_N, ("data", "context")), ("data", "context"), to="varying") * 0.1
+
+        return jax.lax.while_loop(lambda x_N: jax.lax.pmax(x_N.max(), AXES) > 1, body, x_N)
+
+    hlo, mesh = compiled(exchange, (2, 1, 1, 2), (4 * N,))
+    (one,) = collectives(hlo, mesh)
+    assert (one.kind, one.axes, one.sent, one.times) == ("all-reduce", ("data", "context"), 2 * 4 * N * 3 / 4, 0)
+
+
+def test_groups_are_read_in_every_way_that_hlo_writes_them():
+    mesh = AbstractMesh((1, 2, 4, 1), AXES)
+    groups = {
+        "{{0,1,2,3},{4,5,6,7}}": ("expert",),
+        "{{0,4},{1,5},{2,6},{3,7}}": ("fsdp",),
+        "[2,4]<=[8]": ("expert",),
+        "[4,2]<=[2,4]T(1,0)": ("fsdp",),
+        "[1,8]<=[8]": ("fsdp", "expert"),
+        "mesh['data'=1,'fsdp'=2,'expert'=4,'context'=1] {'fsdp'}": ("fsdp",),
+        "mesh['axis_0'=2,'axis_1'=4] {'axis_1','axis_0'}": ("fsdp", "expert"),
+        "{{0,1},{2,3},{4,5},{6,7}}": ("?",),
+    }
+    for text, axes in groups.items():
+        hlo = "ENTRY %main (p: f32[4096]) -> f32[4096] {\n"
+        hlo += f"  %sum = f32[4096]{{0}} all-reduce(%p), channel_id=1, replica_groups={text}, to_apply=%add\n}}\n"
+        (one,) = collectives(hlo, mesh)
+        assert one.axes == axes, text
+
+
+def test_products_are_counted_in_loops_and_with_batch_axes():
+    def fn(a, b):
+        def body(a, _):
+            return jnp.einsum("bij,jk->bik", a, jnp.eye(8)), None
+
+        return jnp.einsum("bij,bjk->bik", jax.lax.scan(body, a, None, length=5)[0], b)
+
+    given = jax.ShapeDtypeStruct((3, 16, 8), jnp.float32), jax.ShapeDtypeStruct((3, 8, 4), jnp.float32)
+    found = products(jax.jit(fn).lower(*given).compile().as_text())
+    assert found.grouped == 0
+    np.testing.assert_allclose(found.dense, 2 * 3 * 16 * 8 * 4 + 5 * 2 * 3 * 16 * 8 * 8)
