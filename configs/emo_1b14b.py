@@ -3,7 +3,8 @@
 python -m emo_jax.train --config=configs/emo_1b14b.py --workdir=DIR \\
     --config.data.path='TEXTS/*.jsonl.gz' --config.data.tokenizer=DOLMA2/tokenizer.json
 
-Hardware: a TPU pod slice or GPU nodes with 64 or more chips.
+Hardware: a TPU pod slice or GPU nodes with 64 or more chips. With the mesh below and 4 rows a chip, each of 64 holds
+2.6 GB of parameters and moments and 4.8 GB (v5p) or 5.2 GB (v6e) of temporaries, as compiled.
 Parameters: 13.57B, 1.49B active per token (1.28B without the embedding).
 FLOPs: 8.51 GFLOP a token, forward and backward. Tokens: 1T (238,419 steps of 4.19M).
 Reaches (paper, table 1; not reproduced here): MMLU 42.8, MC9 63.1, Gen5 57.9, GSM8K 12.0 after 50B more tokens
@@ -66,5 +67,5 @@ def get_config() -> Config:
         train=TrainConfig(
             steps=238_419, microbatches=2, guard_window=0, log_every=10, eval_every=2500, checkpoint_every=1000
         ),
-        mesh=MeshConfig(data=1, fsdp=-1),
+        mesh=MeshConfig(data=1, fsdp=-1, expert=8, chunks=4),
     )

@@ -58,5 +58,5 @@ def get_config() -> Config:
         train=TrainConfig(
             steps=238_419, microbatches=2, guard_window=0, log_every=10, eval_every=2500, checkpoint_every=1000
         ),
-        mesh=MeshConfig(data=1, fsdp=-1),
+        mesh=MeshConfig(data=1, fsdp=-1, expert=8, chunks=4),
     )

@@ -117,6 +117,39 @@ def test_the_kernel_for_tpu_is_the_reference(monkeypatch, heads, key_heads, dtyp
         assert_close(splash(*arguments), exact(*arguments), tolerance)
 
 
+def in_parts(attend, parts):
+    """As devices that share a row do: each computes its own queries, and knows which they are only as it runs."""
+
+    def run(query_BSHN, key_BSKN, value_BSKN, ids_BS):
+        given = enumerate(jnp.split(query_BSHN, parts, axis=1))
+        ours = [attend(q, key_BSKN, value_BSKN, ids_BS, part=(jnp.int32(i) + 0 * ids_BS[0, 0], parts)) for i, q in given]
+        return jnp.concatenate(ours, axis=1)
+
+    return value_and_gradients(run)
+
+
+@pytest.mark.parametrize("chunk", [3, 512])
+@pytest.mark.parametrize("implementation", ["chunked", "reference"])
+def test_parts_of_a_row_are_the_row(monkeypatch, implementation, chunk):
+    monkeypatch.setattr(op, "QUERY_CHUNK", chunk)
+    attend = in_parts(of(implementation), 3)
+    with jax.enable_x64(True):
+        for lengths in ([24], [5, 1, 12, 2], [1] * 20, []):
+            ids_BS = np.stack([documents(lengths, 24), documents([11], 24)])
+            arguments = random_arguments(ids_BS, 4, 2, 4)
+            assert_close(attend(*arguments), exact(*arguments), 1e-11)
+
+
+@pytest.mark.parametrize("shares", [1, 4])
+def test_the_kernel_for_tpu_takes_a_part_of_a_row(monkeypatch, shares):
+    monkeypatch.setattr(op, "SPLASH_BLOCK", 128)
+    monkeypatch.setattr(op, "SPLASH_SHARES", shares)
+    splash = in_parts(functools.partial(op._splash, interpret=True), 2)
+    for lengths in ([512], [5, 1, 300, 60]):
+        arguments = random_arguments(documents(lengths, 512)[None], 2, 1, 64, dtype="float32")
+        assert_close(splash(*arguments), exact(*arguments), 1e-5)
+
+
 def test_the_kernel_for_tpu_runs_on_each_devices_rows_and_so_do_its_gradients(monkeypatch):
     monkeypatch.setattr(op, "SPLASH_BLOCK", 128)
     mesh = make_mesh(MeshConfig(data=2, fsdp=2), 4, jax.devices()[:4])

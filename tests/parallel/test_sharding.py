@@ -51,6 +51,38 @@ def test_a_mesh_that_does_not_fit_is_refused_with_sizes_that_do(data, fsdp, rows
         mesh_of(data, fsdp, rows)
 
 
+@pytest.mark.parametrize(
+    "fields, rows, words",
+    [
+        ({"expert": 3}, 4, r"mesh\.expert=3 does not divide the 4 devices; try one of \[1, 2, 4\]"),
+        ({"expert": 4}, 4, r"mesh\.expert=4 ranks are more than the 3 routed experts of a layer; try one of \[1, 2\]"),
+        ({"context": 4}, 1, r"mesh\.context=4 does not divide data\.sequence_length=30; try 3 or 5"),
+        ({"context": 2, "chunks": 4}, 2, r"mesh\.chunks=4 does not divide the 15 tokens of a device; try 3 or 5"),
+        ({"context": 2, "chunks": 16}, 2, r"mesh\.chunks=16 does not divide the 15 tokens of a device; try 15"),
+        ({"context": 2}, 3, r"= 3 rows must be a multiple of the 2 groups of devices that share rows; the nearest is 4"),
+        ({"data": 4, "context": 2}, 4, r"must equal the 4 devices; set mesh\.data=-1 for 2"),
+    ],
+)
+def test_experts_tokens_and_rows_that_do_not_divide_are_refused_with_what_does(fields, rows, words):
+    with pytest.raises(UserError, match=words):
+        make_mesh(MeshConfig(**fields), rows, jax.devices()[:4], length=30, experts=(5, 3))
+
+
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        ({"exchange": "rings"}, r"mesh\.exchange='rings'.*ring"),
+        ({"buffer": 0.9}, r"mesh\.buffer=0\.9 must be at least 1"),
+        ({"chunks": 0}, r"mesh\.chunks=0 must be at least 1"),
+        ({"context": 0}, r"mesh\.context=0 must be at least 1"),
+        ({"context": -1}, r"mesh\.data and mesh\.context are both -1"),
+    ],
+)
+def test_fields_that_cannot_work_are_refused(fields, words):
+    with pytest.raises(UserError, match=words):
+        MeshConfig(**fields).validate()
+
+
 def leaf_axes():
     return zip(jax.tree.leaves_with_path(abstract_parameters(MODEL)), jax.tree.leaves(logical_axes(MODEL)), strict=True)
 

@@ -10,6 +10,7 @@ import pytest
 from jax.experimental import topologies
 
 from emo_jax.model import flops_per_token
+from emo_jax.parallel import MeshConfig
 from emo_jax.training.step import abstract_batch, abstract_state, make_train_step, run_mesh
 
 pytest.importorskip("libtpu", reason="ahead-of-time TPU compiles need libtpu: pip install 'jax[tpu]'")
@@ -24,6 +25,7 @@ def released(layers: int, rows: int, **model):
     run = module.get_config()
     run.model = dataclasses.replace(run.model, num_layers=layers, **model)
     run.data.batch_size, run.data.path, run.train.microbatches = rows, "unused", 1
+    run.mesh = MeshConfig(data=1, fsdp=-1)
     run.validate()
     return run
 
