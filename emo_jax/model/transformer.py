@@ -128,13 +128,13 @@ class Transformer(nnx.Module):
         x_BSD = lookup(self.embedding[...], tokens_BS, self.config.dtype, mesh)
         routings: list[Routing] = []
         seen: list[KeyValues] = []
-        before_BSD = x_BSD
-        for block in self.layers.values():
-            graph, state = nnx.split(block)
-            spread = mesh is not None and mesh.size > 1
-            if spread:
-                # A layer's weights are gathered while the layer before it computes, and not all before the first.
-                (state, _), before_BSD = jax.lax.optimization_barrier((state, before_BSD)), x_BSD
+        graphs, states = zip(*(nnx.split(block) for block in self.layers.values()), strict=True)
+        states, spread = list(states), mesh is not None and mesh.size > 1
+        for i, graph in enumerate(graphs):
+            if spread and i + 1 < len(states):
+                # A layer's weights are gathered while the layer before it computes, not all before the first, and its
+                # gradients are scattered before the backward pass goes on beyond that layer.
+                x_BSD, states[i + 1] = jax.lax.optimization_barrier((x_BSD, states[i + 1]))
             context = {
                 "pool": pool,
                 "past": past[len(seen)] if past is not None else None,
@@ -152,7 +152,7 @@ class Transformer(nnx.Module):
 
             if self.config.remat != "none" or spread:
                 run = jax.checkpoint(run, policy=REMAT[self.config.remat])
-            x_BSD, routing, own = run(state, x_BSD, draws if pool else None)
+            x_BSD, routing, own = run(states[i], x_BSD, draws if pool else None)
             seen.append(own)
             if routing is not None:
                 routings.append(routing)
