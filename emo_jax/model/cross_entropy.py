@@ -151,7 +151,9 @@ def _scan(z_weight: float, spec: PartitionSpec, args: tuple, with_gradients: boo
     if not with_gradients:
         return totals, None, None
     grad_TD = grad_PD.reshape(-1, hidden_TD.shape[1])[: hidden_TD.shape[0]]
-    return totals, grad_TD, scattered(grad_DV, spec)
+    # The backward pass waits for the scatter: the whole gradient of the head would outlive its first layers.
+    grad_TD, grad_DV = jax.lax.optimization_barrier((grad_TD, scattered(grad_DV, spec)))
+    return totals, grad_TD, grad_DV
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

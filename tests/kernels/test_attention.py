@@ -16,6 +16,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_me
 
 from emo_jax.errors import UserError
 from emo_jax.kernels.attention import IMPLEMENTATIONS, default_implementation, document_attention, op, reference
+from emo_jax.model import attention
 from emo_jax.parallel import MeshConfig, make_mesh, map_tokens
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -157,6 +158,18 @@ def test_the_kernel_for_tpu_runs_on_each_devices_rows_and_so_do_its_gradients(mo
     arguments = random_arguments(ids_BS, 2, 1, 64, dtype="float32")
     splash = functools.partial(op._splash, interpret=True)
     mapped = value_and_gradients(map_tokens(splash, mesh, token_args=4, check_vma=False))
+    assert_close(mapped(*arguments), exact(*arguments), 1e-5)
+
+
+def test_devices_that_share_rows_attend_to_all_of_them_with_the_kernel_for_tpu(monkeypatch):
+    """The kernel runs in a map that is not checked (check_vma): its gradients must be those of whole rows."""
+    monkeypatch.setattr(op, "SPLASH_BLOCK", 128)
+    monkeypatch.setattr(op, "_splash", functools.partial(op._splash, interpret=True))
+    monkeypatch.setattr(attention, "default_implementation", lambda platform: "splash")
+    mesh = make_mesh(MeshConfig(data=2, context=2), 2, jax.devices()[:4], length=256)
+    ids_BS = np.stack([documents([256], 256), documents([100, 90, 40], 256)])
+    arguments = random_arguments(ids_BS, 2, 1, 64, dtype="float32")
+    mapped = value_and_gradients(lambda *given: attention._attend(*given, mesh))
     assert_close(mapped(*arguments), exact(*arguments), 1e-5)
 
 
