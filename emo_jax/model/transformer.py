@@ -71,6 +71,18 @@ class Block(nnx.Module):
         return rms_norm(x_BSD, scale[...], self.epsilon) if here else x_BSD
 
 
+@jax.custom_vjp
+def _gradients_together(x_BSD: jax.Array, state: nnx.State) -> tuple[jax.Array, nnx.State]:
+    """Both as they are. In the backward pass neither gradient goes on before the other is there.
+
+    So a layer's gradients are scattered before the layer below begins; a compiler may put them off to the end, whole.
+    """
+    return x_BSD, state
+
+
+_gradients_together.defvjp(lambda *both: (both, None), lambda _, gradients: jax.lax.optimization_barrier(gradients))
+
+
 class Transformer(nnx.Module):
     """Pre-norm decoder with an untied head; parameters named as in `layers/00/moe/routed/gate`."""
 
@@ -131,10 +143,11 @@ class Transformer(nnx.Module):
         graphs, states = zip(*(nnx.split(block) for block in self.layers.values()), strict=True)
         states, spread = list(states), mesh is not None and mesh.size > 1
         for i, graph in enumerate(graphs):
+            if spread:
+                x_BSD, states[i] = _gradients_together(x_BSD, states[i])
             if spread and i + 1 < len(states):
-                # A layer's weights are gathered while the layer before it computes, not all before the first, and its
-                # gradients are scattered before the backward pass goes on beyond that layer.
-                x_BSD, states[i + 1] = jax.lax.optimization_barrier((x_BSD, states[i + 1]))
+                # A layer's weights are gathered while the layer before it computes, and not all before the first.
+                states[i + 1], _ = jax.lax.optimization_barrier((states[i + 1], x_BSD))
             context = {
                 "pool": pool,
                 "past": past[len(seen)] if past is not None else None,
