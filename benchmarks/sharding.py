@@ -1,11 +1,11 @@
 """What a sharded step takes, and how unevenly domains load the ranks of its experts.
 
 `python benchmarks/sharding.py compile --topology=v5p:4x4x4 --fsdp=8 --expert=8 --chunks=4 [--layers=16]` compiles
-configs/emo_1b14b.py (4 rows of 4096 a chip, full remat) for real TPUs without one, and reads from the program what a chip
-holds, multiplies and sends. All 16 layers take about an hour of one core.
+configs/emo_1b14b.py (4 rows of 4096 a chip, full remat) for real TPUs without one, and reads from the program what a
+chip holds, multiplies and sends. All 16 layers take about an hour of one core.
 
-`python benchmarks/sharding.py skew --corpus=DIR --out=DIR [--steps=400]` trains emo_tiny and its standard baseline on the
-documents of DIR/train.jsonl.gz and routes rows of it as training does, by domain and shuffled.
+`python benchmarks/sharding.py skew --corpus=DIR --out=DIR [--steps=400]` trains emo_tiny and its standard baseline on
+the documents of DIR/train.jsonl.gz and routes rows of it as training does, by domain and shuffled.
 """
 
 import argparse
@@ -66,7 +66,9 @@ def compile_step(args: argparse.Namespace) -> None:
     print(f"{args.topology}, {args.layers} layers, {dict(mesh.shape)}, {time.time() - start:.0f} s")
     print(f"arguments {held:.2f} GB + temporaries {temporary:.2f} GB = {held + temporary:.2f} GB a chip")
     found = products(hlo)
-    dense, grouped = expected_flops(run.model, args.rows * run.data.sequence_length, args.buffer if args.expert > 1 else 1)
+    dense, grouped = expected_flops(
+        run.model, args.rows * run.data.sequence_length, args.buffer if args.expert > 1 else 1
+    )
     print(f"dense products {found.dense:.4e} FLOPs, {found.dense / dense:.4f} of the model's and the recomputed ones'")
     print(f"grouped products {found.grouped:.4e} FLOPs, {found.grouped / grouped:.4f}, buffers counted full")
     sent, runs = collections.Counter(), collections.Counter()
@@ -140,7 +142,15 @@ def main() -> None:
     commands = parser.add_subparsers(required=True)
     one = commands.add_parser("compile")
     one.add_argument("--topology", default="v5p:4x4x4")
-    for name, value in (("data", 1), ("fsdp", 8), ("expert", 8), ("context", 1), ("chunks", 4), ("layers", 16), ("rows", 4)):
+    for name, value in (
+        ("data", 1),
+        ("fsdp", 8),
+        ("expert", 8),
+        ("context", 1),
+        ("chunks", 4),
+        ("layers", 16),
+        ("rows", 4),
+    ):
         one.add_argument(f"--{name}", type=int, default=value)
     one.add_argument("--exchange", default="auto")
     one.add_argument("--buffer", type=float, default=1.5)

@@ -71,9 +71,7 @@ def _attend(q: jax.Array, k: jax.Array, v: jax.Array, document_ids_BS: jax.Array
     def local(q: jax.Array, k: jax.Array, v: jax.Array, document_ids_BS: jax.Array) -> jax.Array:
         if parts == 1:
             return document_attention(q, k, v, document_ids_BS, implementation=implementation)
-        k, v, document_ids_BS = (
-            jax.lax.all_gather(a, "context", axis=1, tiled=True) for a in (k, v, document_ids_BS)
-        )
+        k, v, document_ids_BS = (jax.lax.all_gather(a, "context", axis=1, tiled=True) for a in (k, v, document_ids_BS))
         part = (jax.lax.axis_index("context"), parts)
         return document_attention(q, k, v, document_ids_BS, implementation=implementation, part=part)
 

@@ -59,9 +59,9 @@ class ModelConfig:
     dtype: str = "bfloat16"
     """Of activations and matrix products; master weights are float32 (float64 with it, for verification)."""
     remat: str = "none"
-    """What the backward pass recomputes in a layer. `none` saves everything but gathered weights, `dots` matrix products
-    without a batch dimension, `exchange` its input and what crossed the `expert` axis, `full` only its input; each
-    also what the router decided."""
+    """What the backward pass finds saved of a layer. `none`: everything but gathered weights; `dots`: matrix products
+    without a batch dimension; `exchange`: its input and what crossed the mesh's `expert` axis; `full`: only its input;
+    each also what the router decided."""
 
     @property
     def head_dim(self) -> int:

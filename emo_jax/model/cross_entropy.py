@@ -51,7 +51,6 @@ def language_loss(
       z_weight: of the z-term.
       mesh: rows are split over its devices; None on one device.
     """
-
     # The head is gathered, and its gradient scattered, where the products are: left to the compiler, all devices would
     # add up whole gradients.
     spec = PartitionSpec()
@@ -145,7 +144,7 @@ def _scan(z_weight: float, spec: PartitionSpec, args: tuple, with_gradients: boo
         grad_PD = jnp.einsum("pv,dv->pd", grad_PV, cast_DV, preferred_element_type=wide).astype(hidden_PD.dtype)
         return grad_DV, (tuple(sums), grad_PD)
 
-    start = jnp.zeros_like(cast_DV, head_DV.dtype) if with_gradients else None
+    start: Any = jnp.zeros_like(cast_DV, head_DV.dtype) if with_gradients else None
     grad_DV, (sums, grad_PD) = jax.lax.scan(body, start, _chunked((hidden_TD, targets_T, mask_T)))
     totals = tuple(x.sum() for x in sums)
     if not with_gradients:

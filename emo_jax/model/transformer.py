@@ -19,6 +19,7 @@ from emo_jax.model.remat import REMAT
 from emo_jax.model.routing import Kept, PoolDraws, Routing
 from emo_jax.parallel import MeshConfig, lookup
 
+
 class Block(nnx.Module):
     """h = x + Attention(norm(x)); y = h + FeedForward(norm(h)); the feed-forward dense or a mixture.
 

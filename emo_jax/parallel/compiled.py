@@ -57,7 +57,7 @@ def collectives(hlo: str, mesh: Mesh) -> list[Collective]:
         axes = _axes(op.text, mesh, groups)
         members = math.prod(mesh.shape[axis] for axis in axes) if axes != ("?",) else mesh.size
         result = op.result.split(", u32[]")[0] if op.kind.endswith("-start") else op.result
-        sizes = [_bytes(dtype, shape) for dtype, shape in _ARRAY.findall(result)]
+        sizes: list[float] = [_bytes(dtype, shape) for dtype, shape in _ARRAY.findall(result)]
         if kind == "ragged-all-to-all":  # of its rows, not of the larger buffer that they come from or fill
             sizes = [min(_bytes(*operand) for operand in op.operands[:2])]
         elif op.kind.endswith("-start"):
@@ -77,16 +77,15 @@ def products(hlo: str) -> Products:
     for op in _operations(hlo):
         if op.kind in ("dot", "convolution"):
             left, right = (math.prod(_shape(shape)) for _, shape in op.operands[:2])
-            out = math.prod(_shape(_ARRAY.search(op.result)[2]))
+            out = math.prod(_result(op))
             batch = math.prod(_batch(op))
             # out = batch·m·n, left = batch·m·k, right = batch·k·n
             dense += op.times * 2 * out * math.sqrt(left * right / (out * batch))
         elif op.kind == "custom-call" and op.name.startswith("ragged-dot") and "metadata" not in op.name:
             given = _ARRAY.findall(op.text.split("operand_layout_constraints={")[1].split("}}")[0])
             a, b = (_shape(shape) for _, shape in given[-2:])
-            out = _shape(_ARRAY.search(op.result)[2])
             rows, width = a
-            other = b[1] if len(out) == 3 else (out[1])
+            other = b[1] if len(_result(op)) == 3 else b[2]
             grouped += op.times * 2 * rows * width * other
     return Products(dense, grouped)
 
@@ -118,7 +117,7 @@ def _operations(hlo: str) -> Iterator[_Operation]:
         times[name] += runs
         for line in computations[name][1:]:
             if " while(" in line:
-                condition, body = (re.search(rf"{key}=%?([\w.-]+)", line)[1] for key in ("condition", "body"))
+                condition, body = (re.findall(rf"{key}=%?([\w.-]+)", line)[0] for key in ("condition", "body"))
                 visit(body, runs * _length(line, computations[condition]))
             else:
                 for called in _CALLED.findall(line):
@@ -135,7 +134,7 @@ def _operations(hlo: str) -> Iterator[_Operation]:
                 continue
             types[match[1]] = match[2]
             given = [types.get(operand, "") for operand in re.findall(r"%([\w.-]+)", match[4].split("), ")[0])]
-            operands = [found.groups() for kind in given if (found := _ARRAY.search(kind))]
+            operands = [(found[1], found[2]) for kind in given if (found := _ARRAY.search(kind))]
             yield _Operation(match[1], match[2], match[3], line, operands, times[name], name)
 
 
@@ -146,6 +145,10 @@ def _length(loop: str, condition: list[str]) -> int:
     text = "\n".join(condition)
     constants = re.findall(r"[su]32\[\]\S* constant\((\d+)\)", text)
     return int(constants[0]) if len(constants) == 1 and re.search(r"compare\(.*direction=LT", text) else 0
+
+
+def _result(op: _Operation) -> tuple[int, ...]:
+    return _shape(_ARRAY.findall(op.result)[0][1])
 
 
 def _batch(op: _Operation) -> tuple[int, ...]:
@@ -177,7 +180,7 @@ def _axis_groups(mesh: Mesh) -> dict[frozenset[frozenset[int]], tuple[str, ...]]
     return found
 
 
-def _as_groups(rows: np.ndarray | list[list[int]]) -> frozenset[frozenset[int]]:
+def _as_groups(rows: np.ndarray | list[tuple[int, ...]]) -> frozenset[frozenset[int]]:
     return frozenset(frozenset(int(device) for device in row) for row in rows)
 
 

@@ -27,6 +27,9 @@ from emo_jax.parallel.sharding import GATHERED, TOKENS, mesh_axes, param_shardin
 Compute = Callable[..., jax.Array]
 """(x_TD, indices_TC, weights_TC, gate_RDF, up_RDF, down_RFD, filled=most choices with an expert) → y_TD."""
 
+Turn = jax.Array | int
+"""Which round of a chunk, from 0 on."""
+
 DISPATCHED, COMBINED = "dispatched", "combined"
 """Names for remat policies: tokens that arrived at their experts, and what came back."""
 
@@ -160,8 +163,8 @@ class _Transport(NamedTuple):
     """
 
     route: Callable[[jax.Array], tuple[Any, jax.Array]]
-    send: Callable[[jax.Array, Any, Any], Any]
-    finish: Callable[[jax.Array, Any, Any, Any], jax.Array]
+    send: Callable[[Turn, Any, Any], Any]
+    finish: Callable[[Turn, Any, Any, Any], jax.Array]
 
 
 def _in_chunks(transport: _Transport, keep_dispatched: bool) -> Callable[..., jax.Array]:
@@ -177,12 +180,10 @@ def _in_chunks(transport: _Transport, keep_dispatched: bool) -> Callable[..., ja
     def at(chunk: jax.Array | int, tree: Any) -> Any:
         return jax.tree.map(lambda a: a[chunk], tree)
 
-    def share(turn: jax.Array | int, route: Any, tokens: Any, own: Any) -> jax.Array:
+    def share(turn: Turn, route: Any, tokens: Any, own: Any) -> jax.Array:
         return finish(turn, route, send(turn, route, tokens), own)
 
-    def share_gradients(
-        turn: jax.Array | int, route: Any, tokens: Any, own: Any, there: Any, g: jax.Array
-    ) -> tuple:
+    def share_gradients(turn: Turn, route: Any, tokens: Any, own: Any, there: Any, g: jax.Array) -> tuple:
         there = send(turn, route, tokens) if there is None else there
         by_there, by_own = jax.vjp(functools.partial(finish, turn, route), there, own)[1](g)
         return jax.vjp(functools.partial(send, turn, route), tokens)[1](by_there)[0], by_own
@@ -212,7 +213,10 @@ def _in_chunks(transport: _Transport, keep_dispatched: bool) -> Callable[..., ja
 
             def body(_: None, chunk: tuple) -> tuple[None, tuple]:
                 there = send(first, *chunk)
-                return None, (finish(first, chunk[0], there, own), there if differentiated and keep_dispatched else None)
+                return None, (
+                    finish(first, chunk[0], there, own),
+                    there if differentiated and keep_dispatched else None,
+                )
 
             _, (y, kept) = jax.lax.scan(body, None, (routes, tokens), unroll=UNROLL)
         else:
@@ -262,11 +266,13 @@ def _no_gradient(a: jax.Array) -> np.ndarray:
 def _here(compute: Compute) -> _Transport:
     """No transport: this device has all experts."""
 
-    def finish(turn: jax.Array, indices_TC: jax.Array, there: Any, own: Any) -> jax.Array:
+    def finish(turn: Turn, indices_TC: jax.Array, there: Any, own: Any) -> jax.Array:
         x_TD, weights_TC = there
         return compute(x_TD, indices_TC, weights_TC, *own)
 
-    return _Transport(lambda indices_TC: (indices_TC, indices_TC.size), lambda turn, route, tokens: tokens, finish)
+    return _Transport(
+        lambda indices_TC: (indices_TC, jnp.int32(indices_TC.size)), lambda turn, route, tokens: tokens, finish
+    )
 
 
 def _ring(compute: Compute, size: int, count: int, choices: int, ranks: int) -> _Transport:
@@ -277,11 +283,11 @@ def _ring(compute: Compute, size: int, count: int, choices: int, ranks: int) -> 
         place_TC = jnp.cumsum(here_TC.reshape(-1), dtype=jnp.int32).reshape(here_TC.shape) - 1
         return (own_TC, jnp.where(here_TC, place_TC // size, -1)), here_TC.sum(dtype=jnp.int32)
 
-    def send(turn: jax.Array, route: Any, tokens: Any) -> Any:
+    def send(turn: Turn, route: Any, tokens: Any) -> Any:
         gather = functools.partial(jax.lax.all_gather, axis_name="expert", axis=0, tiled=True)
         return jax.tree.map(lambda a: checkpoint_name(gather(a), DISPATCHED), tokens)
 
-    def finish(turn: jax.Array, route: Any, there: Any, own: Any) -> jax.Array:
+    def finish(turn: Turn, route: Any, there: Any, own: Any) -> jax.Array:
         own_TC, round_TC = route
         x, weights = there
         y = compute(x, jnp.where(round_TC == turn, own_TC, count), weights, *own, filled=size)
@@ -308,19 +314,19 @@ def _all_to_all(compute: Compute, size: int, count: int, choices: int, ranks: in
         arriving_XR = jax.lax.dynamic_slice_in_dim(sent_XR, jax.lax.axis_index("expert") * count, count, axis=1)
         return (order, sent_XR.reshape(ranks, ranks, count).sum(2), arriving_XR), arriving_XR.sum()
 
-    def segments(turn: jax.Array, route: Any) -> _Segments:
+    def segments(turn: Turn, route: Any) -> _Segments:
         _, sent_XX, _ = route
         queue_XX = jnp.cumsum(sent_XX, axis=0) - sent_XX  # behind what earlier ranks send to the same
         source_XX = jnp.cumsum(sent_XX, axis=1) - sent_XX
         low, high = (jnp.clip(q, turn * size, (turn + 1) * size) for q in (queue_XX, queue_XX + sent_XX))
         return _Segments(high - low, source_XX + low - queue_XX, low - turn * size)
 
-    def send(turn: jax.Array, route: Any, tokens: Any) -> Any:
+    def send(turn: Turn, route: Any, tokens: Any) -> Any:
         x_TD, weights_TC = tokens
         rows = (dispatch(x_TD, route[0]), dispatch_weights(weights_TC, route[0]))
         return tuple(checkpoint_name(_move(ragged, size, a, segments(turn, route)), DISPATCHED) for a in rows)
 
-    def finish(turn: jax.Array, route: Any, there: Any, own: Any) -> jax.Array:
+    def finish(turn: Turn, route: Any, there: Any, own: Any) -> jax.Array:
         order, _, arriving_XR = route
         x_MD, weight_M = there
         # What arrives here lies in the order of its sender, then its expert.

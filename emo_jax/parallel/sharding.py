@@ -256,8 +256,10 @@ def product(
 
 
 def put_rows(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's rows of a batch as its part of global arrays: split as `batch_sharding` says, or by rows alone
-    where an array has no value a token."""
+    """This process's rows of a batch as its part of global arrays.
+
+    They are split as `batch_sharding` says, or by rows alone where an array has no value a token.
+    """
     length = batch["tokens"].shape[1]
 
     def put(array: np.ndarray) -> jax.Array:

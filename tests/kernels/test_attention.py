@@ -123,7 +123,9 @@ def in_parts(attend, parts):
 
     def run(query_BSHN, key_BSKN, value_BSKN, ids_BS):
         given = enumerate(jnp.split(query_BSHN, parts, axis=1))
-        ours = [attend(q, key_BSKN, value_BSKN, ids_BS, part=(jnp.int32(i) + 0 * ids_BS[0, 0], parts)) for i, q in given]
+        ours = [
+            attend(q, key_BSKN, value_BSKN, ids_BS, part=(jnp.int32(i) + 0 * ids_BS[0, 0], parts)) for i, q in given
+        ]
         return jnp.concatenate(ours, axis=1)
 
     return value_and_gradients(run)

@@ -12,8 +12,9 @@ from emo_jax.parallel.config import AXES
 N = 4096  # numbers of a device, enough to be listed
 
 
-def compiled(fn, shape, *args, spec=PartitionSpec(AXES)):
+def compiled(fn, shape, *args):
     mesh = make_mesh(MeshConfig(*shape), 4, jax.devices()[: int(np.prod(shape))])
+    spec = PartitionSpec(AXES)
     sharding = NamedSharding(mesh, spec)
     mapped = jax.shard_map(fn, mesh=mesh, in_specs=spec, out_specs=spec)
     given = [jax.ShapeDtypeStruct(arg, jnp.float32, sharding=sharding) for arg in args]

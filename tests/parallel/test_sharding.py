@@ -59,7 +59,11 @@ def test_a_mesh_that_does_not_fit_is_refused_with_sizes_that_do(data, fsdp, rows
         ({"context": 4}, 1, r"mesh\.context=4 does not divide data\.sequence_length=30; try 3 or 5"),
         ({"context": 2, "chunks": 4}, 2, r"mesh\.chunks=4 does not divide the 15 tokens of a device; try 3 or 5"),
         ({"context": 2, "chunks": 16}, 2, r"mesh\.chunks=16 does not divide the 15 tokens of a device; try 15"),
-        ({"context": 2}, 3, r"= 3 rows must be a multiple of the 2 groups of devices that share rows; the nearest is 4"),
+        (
+            {"context": 2},
+            3,
+            r"= 3 rows must be a multiple of the 2 groups of devices that share rows; the nearest is 4",
+        ),
         ({"data": 4, "context": 2}, 4, r"must equal the 4 devices; set mesh\.data=-1 for 2"),
     ],
 )

@@ -46,7 +46,8 @@ def compiled(exchange, experts, chunks=1, name="v5p:2x2x1"):
     into, out = ("routed", "embed", "mlp"), ("routed", "mlp", "embed")
     given = (
         array(X, T, D), array(X, T, C, dtype=jnp.int32), array(X, T, C, dtype=jnp.float32),
-        array(experts, D, F, axes=into), array(experts, D, F, axes=into), array(experts, F, D, axes=out), array(X, T, D),
+        array(experts, D, F, axes=into), array(experts, D, F, axes=into), array(experts, F, D, axes=out),
+        array(X, T, D),
     )  # fmt: skip
     return jax.jit(step).lower(*given).compile().as_text(), mesh
 
@@ -108,7 +109,9 @@ def test_slices_are_told_apart_along_data():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", [{"data": 2, "fsdp": 2, "expert": 2}, {"context": 2, "fsdp": 2, "expert": 2}], ids=str)
+@pytest.mark.parametrize(
+    "shape", [{"data": 2, "fsdp": 2, "expert": 2}, {"context": 2, "fsdp": 2, "expert": 2}], ids=str
+)
 def test_a_step_has_the_designed_collectives_on_each_axis_and_no_others(shape):
     run = released(layers=1, rows=8, vocab_size=2048)
     run.mesh, run.data.sequence_length = MeshConfig(**{"data": 1, "exchange": "all_to_all"} | shape), 1024

@@ -1,14 +1,12 @@
-"""One step on every mesh of eight simulated devices against one device: `python -m tests.training.eight_devices float64`.
+"""One step on every mesh of eight simulated devices against one device.
 
-A process of its own: the others see four devices. Documents are longer than a device's part of a row.
+A process of its own, since the other tests see four: `JAX_NUM_CPU_DEVICES=8 python -m tests.training.eight_devices
+float64`. Documents are longer than a device's part of a row.
 """
 
 import sys
 
 import jax
-
-jax.config.update("jax_num_cpu_devices", 8)
-
 import numpy as np
 
 from emo_jax.model import bind, init_parameters

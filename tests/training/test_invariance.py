@@ -1,5 +1,6 @@
 """A step is the same step on any mesh, in any microbatches, with any remat policy and with rows of padding."""
 
+import os
 import subprocess
 import sys
 
@@ -130,4 +131,5 @@ def test_float32_is_close_to_float64(wanted):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_every_mesh_of_eight_devices_takes_the_same_step(dtype):
-    subprocess.run([sys.executable, "-m", "tests.training.eight_devices", dtype], check=True)
+    command, devices = [sys.executable, "-m", "tests.training.eight_devices", dtype], {"JAX_NUM_CPU_DEVICES": "8"}
+    subprocess.run(command, env=os.environ | devices, check=True)

@@ -64,7 +64,9 @@ def config(**sections) -> Config:
 def batch(seed: int = 0, rows=ROWS, length: int = S) -> dict[str, np.ndarray]:
     """Random tokens in documents of the given lengths, by the batch contract."""
     rng = np.random.default_rng(seed)
-    made = {name: np.zeros((len(rows), length), np.int32) for name in ("tokens", "targets", "document_ids", "positions")}
+    made = {
+        name: np.zeros((len(rows), length), np.int32) for name in ("tokens", "targets", "document_ids", "positions")
+    }
     made["loss_mask"] = np.zeros((len(rows), length), bool)
     for b, lengths in enumerate(rows):
         start = 0

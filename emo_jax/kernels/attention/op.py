@@ -4,6 +4,8 @@ Letters: B rows, S sequence, H query heads, K key/value heads, N head width, Q q
 """
 
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -66,6 +68,7 @@ def document_attention(
     """
     implementation = implementation or default_implementation(jax.default_backend())
     require_choice("implementation", implementation, IMPLEMENTATIONS)
+    compute: Callable[..., jax.Array]
     if implementation == "reference":
         compute = reference
     elif implementation == "splash" and _fits(query_BSHN, ("bfloat16", "float32"), (64, 128, 256)):
@@ -74,7 +77,7 @@ def document_attention(
         compute = _pallas_gpu
     else:
         compute = _chunked
-    options = {} if compute is _pallas_gpu else {"part": part}
+    options: dict[str, Any] = {} if part[1] == 1 else {"part": part}
     return compute(query_BSHN, key_BSKN, value_BSKN, document_ids_BS, **options)
 
 
@@ -88,7 +91,7 @@ def _chunked(
     key_BSKN: jax.Array,
     value_BSKN: jax.Array,
     document_ids_BS: jax.Array,
-    part: tuple[jax.Array | int, int],
+    part: tuple[jax.Array | int, int] = (0, 1),
 ) -> jax.Array:
     _, length, heads, width = query_BSHN.shape
     groups = heads // key_BSKN.shape[2]

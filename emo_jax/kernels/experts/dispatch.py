@@ -107,6 +107,4 @@ def _keep_plan(op: Callable[[jax.Array, Plan], jax.Array]) -> Callable[..., tupl
 
 dispatch.defvjp(_keep_plan(dispatch), lambda plan, g_MD: (combine(g_MD, plan), _int_zeros(plan)))
 combine.defvjp(_keep_plan(combine), lambda plan, g_TD: (dispatch(g_TD, plan), _int_zeros(plan)))
-dispatch_weights.defvjp(
-    _keep_plan(dispatch_weights), lambda plan, g_M: (_rows(g_M, plan.slot_TC), _int_zeros(plan))
-)
+dispatch_weights.defvjp(_keep_plan(dispatch_weights), lambda plan, g_M: (_rows(g_M, plan.slot_TC), _int_zeros(plan)))

@@ -150,7 +150,7 @@ def _blocked_ffn(
 # A choice's weight acts here, where rows are narrowest: so its gradient needs no expert's output, and none is kept.
 @jax.custom_vjp
 def _gated(gate_MF: jax.Array, up_MF: jax.Array, weight_M: jax.Array) -> jax.Array:
-    """weight · silu(gate) ⊙ up, in the weight's precision, as the others' dtype; any axes before F."""
+    """Weight · silu(gate) ⊙ up, in the weight's precision, as the others' dtype; any axes before F."""
     wide = weight_M.dtype
     return (jax.nn.silu(gate_MF.astype(wide)) * up_MF.astype(wide) * weight_M[..., None]).astype(gate_MF.dtype)
 
