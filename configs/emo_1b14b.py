@@ -4,7 +4,7 @@ python -m emo_jax.train --config=configs/emo_1b14b.py --workdir=DIR \\
     --config.data.path='TEXTS/*.jsonl.gz' --config.data.tokenizer=DOLMA2/tokenizer.json
 
 Hardware: a TPU pod slice or GPU nodes with 64 or more chips. With the mesh below and 4 rows a chip, each of 64 holds
-2.6 GB of parameters and moments and 4.8 GB (v5p) or 5.2 GB (v6e) of temporaries, as compiled.
+2.6 GB of parameters and moments and 5.0 GB (v5p) or 5.4 GB (v6e) of temporaries, as compiled.
 Parameters: 13.57B, 1.49B active per token (1.28B without the embedding).
 FLOPs: 8.51 GFLOP a token, forward and backward. Tokens: 1T (238,419 steps of 4.19M).
 Reaches (paper, table 1; not reproduced here): MMLU 42.8, MC9 63.1, Gen5 57.9, GSM8K 12.0 after 50B more tokens
