@@ -8,6 +8,9 @@ import jax
 import numpy as np
 import pytest
 
+from emo_jax.model import init_parameters
+from emo_jax.parallel import put_rows
+from emo_jax.training.step import make_gradients
 from tests.training import tiny
 
 
@@ -80,6 +83,22 @@ def test_remat_does_not_change_a_step(wanted, remat, mesh):
     with jax.enable_x64(True):
         run = tiny.config(model={"remat": remat}, mesh=mesh)
         assert_equal_steps(tiny.gradients(run, tiny.batch(), devices=4 if mesh else 1), wanted)
+
+
+@pytest.mark.parametrize("chunks", [1, 3])
+@pytest.mark.parametrize("exchange, send", [("ring", "all_gather"), ("all_to_all", "all_to_all")])
+def test_tokens_that_crossed_the_expert_axis_are_sent_again_by_full_remat_alone(exchange, send, chunks):
+    sends = {}
+    for remat in ("full", "exchange"):
+        mesh = {"expert": 4, "exchange": exchange, "chunks": chunks, "buffer": 4.0}  # no further rounds
+        run = tiny.config(model={"remat": remat, "dtype": "float32"}, mesh=mesh)
+        placed = put_rows(tiny.batch(), tiny.devices_mesh(run, 4))
+        step = jax.jit(make_gradients(run, tiny.devices_mesh(run, 4)))
+        program = step.lower(init_parameters(run.model, 0), placed, np.int32(0)).as_text()
+        sends[remat] = program.count(f"stablehlo.{send}")
+    layers, arrays = 2, 2 if exchange == "ring" else 1  # weights of choices cross by all-gather
+    seen = 1 if chunks == 1 else 3  # two in the body of the loop over chunks, and one left over
+    assert sends["full"] - sends["exchange"] >= layers * arrays * seen
 
 
 def test_rows_of_padding_do_not_change_a_step(wanted):
