@@ -11,7 +11,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from emo_jax.errors import UserError
-from emo_jax.parallel import put_rows
+from emo_jax.parallel import batch_sharding, put_rows
 from emo_jax.training.checkpoints import Checkpoints, check_same_run, checksums, same_run
 from emo_jax.training.step import init_state, make_train_step
 from emo_jax.training.weights import load_parameters
@@ -131,7 +131,7 @@ def test_checksums_see_every_bit_and_no_sharding():
     array = rng.normal(size=(8, 6, 5)).astype(np.float32)
     whole = checksums({"a": jax.numpy.asarray(array)})
     mesh = tiny.devices_mesh(tiny.config(mesh={"data": 4}), 4)
-    assert checksums(put_rows({"a": array}, mesh)) == whole
+    assert checksums({"a": jax.device_put(array, batch_sharding(mesh))}) == whole
     for _ in range(20):
         changed = array.copy().view(np.uint32)
         changed[tuple(rng.integers(0, array.shape))] ^= np.uint32(1 << rng.integers(0, 32))
