@@ -83,7 +83,7 @@ def make_mesh(
         f"{'devices' if groups == n else 'groups of devices that share rows'}; "
         f"the nearest is {max(groups, round(rows / groups) * groups)}.",
     )
-    _check_tokens(config, sizes, rows // groups, length)
+    _check_tokens(config, sizes, rows // groups, length, divisors)
     fewest = min(experts, default=sizes["expert"])
     require(
         sizes["expert"] <= fewest,
@@ -93,13 +93,16 @@ def make_mesh(
     return Mesh(_arranged(devices, sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def _check_tokens(config: MeshConfig, sizes: dict[str, int], rows: int, length: int | None) -> None:
+def _check_tokens(
+    config: MeshConfig, sizes: dict[str, int], rows: int, length: int | None, divisors: list[int]
+) -> None:
     if length is None:
         return
     parts = sizes["context"]
     require(
         length % parts == 0,
-        f"mesh.context={parts} does not divide data.sequence_length={length}; try {_nearest_divisors(parts, length)}.",
+        f"mesh.context={parts} does not divide data.sequence_length={length}; "
+        f"try one of {[d for d in divisors if length % d == 0]}.",
     )
     tokens = rows * length // parts
     require(
