@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from emo_jax.parallel import map_tokens, param_sharding, scattered, whole
+from emo_jax.parallel import map_tokens, rest_spec, scattered, whole
 
 CHUNK = 1024
 """Tokens whose logits exist at once: few enough for a CPU's caches, enough for a TPU to read the head seldom."""
@@ -53,9 +53,7 @@ def language_loss(
     """
     # The head is gathered, and its gradient scattered, where the products are: left to the compiler, all devices would
     # add up whole gradients.
-    spec = PartitionSpec()
-    if mesh is not None and mesh.size > 1:
-        spec = param_sharding(mesh, PartitionSpec("embed", "vocab"), head_DV.shape).spec
+    spec = rest_spec(mesh, ("embed", "vocab"), head_DV.shape)
 
     def local(hidden_BSD, targets_BS, mask_BS, head_DV):
         hidden_TD = hidden_BSD.reshape(-1, hidden_BSD.shape[-1])

@@ -13,6 +13,7 @@ from emo_jax.parallel.sharding import (
     product,
     put_rows,
     replicated,
+    rest_spec,
     scattered,
     whole,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "put_rows",
     "rank_load",
     "replicated",
+    "rest_spec",
     "scattered",
     "whole",
 ]

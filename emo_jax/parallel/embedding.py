@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from emo_jax.parallel.sharding import map_tokens, param_sharding, scattered, whole
+from emo_jax.parallel.sharding import map_tokens, rest_spec, scattered, whole
 
 
 def lookup(table_VD: jax.Array, tokens_BS: jax.Array, dtype: Any, mesh: Mesh | None = None) -> jax.Array:
@@ -20,9 +20,7 @@ def lookup(table_VD: jax.Array, tokens_BS: jax.Array, dtype: Any, mesh: Mesh | N
     Left to the compiler, a table that rests in pieces is gathered in the precision that it rests in, and its gradient
     is added up whole on every device.
     """
-    spec = PartitionSpec()
-    if mesh is not None and mesh.size > 1:
-        spec = param_sharding(mesh, PartitionSpec("vocab", "embed"), table_VD.shape).spec
+    spec = rest_spec(mesh, ("vocab", "embed"), table_VD.shape)
     rows = functools.partial(_rows, spec, jnp.dtype(dtype), len(table_VD))
     return map_tokens(rows, mesh, token_args=1, weights=[spec])(tokens_BS, table_VD)
 

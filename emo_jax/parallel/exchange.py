@@ -22,7 +22,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from emo_jax.kernels.experts.dispatch import combine, dispatch, dispatch_weights, plan
 from emo_jax.parallel.config import AXES, MeshConfig
-from emo_jax.parallel.sharding import GATHERED, TOKENS, mesh_axes, param_sharding, vary
+from emo_jax.parallel.sharding import GATHERED, TOKENS, mesh_axes, rest_spec, vary
 
 Compute = Callable[..., jax.Array]
 """(x_TD, indices_TC, weights_TC, gate_RDF, up_RDF, down_RFD, filled=most choices with an expert) → y_TD."""
@@ -117,9 +117,7 @@ def map_experts(
         indices_BSC = jnp.where(indices_BSC == routed, slots, indices_BSC)
 
         names = [("routed", "embed", "mlp"), ("routed", "embed", "mlp"), ("routed", "mlp", "embed")]
-        specs = [
-            param_sharding(mesh, PartitionSpec(*axes), w.shape).spec for axes, w in zip(names, experts, strict=True)
-        ]
+        specs = [rest_spec(mesh, axes, w.shape) for axes, w in zip(names, experts, strict=True)]
 
         def gathered(x_BSD: jax.Array, indices_BSC: jax.Array, weights_BSC: jax.Array, *experts: jax.Array) -> Any:
             own = [own_experts(*given) for given in zip(experts, specs, widths, strict=True)]

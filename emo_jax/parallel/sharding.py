@@ -33,9 +33,9 @@ RULES: dict[str, tuple[str, ...] | None] = {
 }
 """From the logical axes that parameters are annotated with to mesh axes, or None for whole.
 
-A matrix is split in both directions, so that pieces stay as wide as a TPU's tiles: narrower ones it can only put
-together by adding them up. Stacks of routed experts rest split as all else is, not by expert: so any number of experts
-has equal shards, and none of a rank's memory is spare. A step moves them to the ranks that compute them (`exchange`).
+A matrix is split in both directions, so that pieces stay as wide as a TPU's tiles. Stacks of routed experts rest split
+as all else is, not by expert: so any number of experts has equal shards, and none of a rank's memory is spare. A step
+moves them to the ranks that compute them (`exchange`).
 """
 
 
@@ -156,6 +156,13 @@ def param_sharding(mesh: Mesh, logical_axes: PartitionSpec, shape: tuple[int, ..
     return NamedSharding(mesh, PartitionSpec(*fitting))
 
 
+def rest_spec(mesh: Mesh | None, axes: tuple[str, ...], shape: tuple[int, ...]) -> PartitionSpec:
+    """How a parameter of these logical axes rests on the mesh: whole, where there is none."""
+    if mesh is None or mesh.size == 1:
+        return PartitionSpec()
+    return param_sharding(mesh, PartitionSpec(*axes), shape).spec
+
+
 def mesh_axes(spec: PartitionSpec) -> tuple[str, ...]:
     """All mesh axes that a spec names."""
     return tuple(axis for entry in spec for axis in ((entry,) if isinstance(entry, str) else entry or ()))
@@ -248,9 +255,7 @@ def product(
     The weight, of the logical `axes`, is gathered in the tokens' dtype, and its gradient scattered: left to the
     compiler, devices would add up whole gradients, and for several layers at once.
     """
-    spec = PartitionSpec()
-    if mesh is not None and mesh.size > 1:
-        spec = param_sharding(mesh, PartitionSpec(*axes), weight.shape).spec
+    spec = rest_spec(mesh, axes, weight.shape)
 
     def local(x_BSD: jax.Array, weight: jax.Array) -> jax.Array:
         return jnp.einsum(equation, x_BSD, whole(weight, spec), precision=precision)
