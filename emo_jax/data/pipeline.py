@@ -38,32 +38,31 @@ class _Batches:
 
 
 def train_batches(
-    store: TokenStore, config: DataConfig, process_index: int = 0, process_count: int = 1, log: Log = silent
+    store: TokenStore, config: DataConfig, places: Sequence[int] | None = None, log: Log = silent
 ) -> grain.IterDataset[dict[str, np.ndarray]]:
     """An endless dataset of this process's part of every global batch.
 
     Global batch k holds rows k·B … k·B + B − 1 of an order that is shuffled anew each epoch, every row once
-    an epoch; process p of P reads rows p·B/P … (p+1)·B/P − 1 of it. Element k depends on the store, the
-    config and k alone, so a checkpoint (`{"next_index": k}`) fits any number of processes. In a mixture each
-    part has such an order of its own, and rows are taken from them in turn, in the proportions of the weights.
+    an epoch; a process reads those that its devices hold (`parallel.own_rows`). Element k depends on the store, the
+    config, k and the places alone, so a checkpoint (`{"next_index": k}`) fits any number of processes. In a mixture
+    each part has such an order of its own, and rows are taken from them in turn, in the proportions of the weights.
 
     Args:
       store: an open store.
       config: `sequence_length`, `batch_size`, `max_documents`, `packing`, `max_repetitions`, `shuffle_seed` and
         the weights of `mixture` are read.
-      process_index: p.
-      process_count: P.
+      places: of the rows to read in a global batch, 0 … B − 1; None: all.
       log: receives a line on the rows.
 
     Returns:
-      A dataset of dicts of [B/P, S] arrays: `tokens`, `targets`, `document_ids`, `positions` int32,
+      A dataset of dicts of [places, S] arrays: `tokens`, `targets`, `document_ids`, `positions` int32,
       `loss_mask` bool; a row that the repetition filter took out has document ids of 0 only. Its iterator has
       `get_state`, `set_state` and works with `grain.checkpoint`.
 
     Raises:
-      UserError: if the batch cannot be divided, or there is nothing to train on.
+      UserError: if there is nothing to train on.
     """
-    size = _share(config.batch_size, process_index, process_count, "data.batch_size")
+    places = range(config.batch_size) if places is None else places
     require(len(store.train) > 0, f"{store.directory} has no training documents; give more text.")
     parts = [_pack_part(store.train, start, stop, config) for _, start, stop in store.parts]
     rows = Rows.join(parts)
@@ -83,15 +82,14 @@ def train_batches(
             log(f"  {name}: {len(part)} rows, {weight / sum(weights):.1%} of a batch.")
 
     def read(k: int) -> dict[str, np.ndarray]:
-        first = k * config.batch_size + process_index * size
-        return batch([int(order[i]) for i in range(first, first + size)])
+        return batch([int(order[k * config.batch_size + place]) for place in places])
 
     batches = grain.MapDataset.range(sys.maxsize // config.batch_size).map(read)
     return batches.to_iter_dataset(_READ_OPTIONS)
 
 
 def heldout_batches(
-    store: TokenStore, config: DataConfig, batch_size: int, process_index: int = 0, process_count: int = 1
+    store: TokenStore, config: DataConfig, batch_size: int, places: Sequence[int] | None = None
 ) -> grain.MapDataset[dict[str, np.ndarray]]:
     """The held-out documents once.
 
@@ -102,17 +100,16 @@ def heldout_batches(
       store: an open store.
       config: `sequence_length`, `max_documents` and `packing` are read.
       batch_size: rows in a global batch; the last batch is filled up with rows of padding.
-      process_index: p.
-      process_count: P.
+      places: of the rows to read in a global batch; None: all.
 
     Returns:
       A finite dataset with a length, to be iterated any number of times, of dicts as in `train_batches`
-      plus `document_domains` int32 [B/P, G]: the domain index of document id g at g − 1, 0 behind the last.
+      plus `document_domains` int32 [places, G]: the domain index of document id g at g − 1, 0 behind the last.
 
     Raises:
-      UserError: if the batch cannot be divided, or there are no held-out documents.
+      UserError: if there are no held-out documents.
     """
-    size = _share(batch_size, process_index, process_count, "batch_size")
+    places = range(batch_size) if places is None else places
     require(
         len(store.heldout) > 0,
         f"{store.directory} has no held-out documents; raise data.heldout_fraction or give more text, "
@@ -123,8 +120,8 @@ def heldout_batches(
     count = len(batch.rows)
 
     def read(k: int) -> dict[str, np.ndarray]:
-        first = k * batch_size + process_index * size
-        return batch([r if r < count else -1 for r in range(first, first + size)])
+        rows = (k * batch_size + place for place in places)
+        return batch([r if r < count else -1 for r in rows])
 
     return grain.MapDataset.range(-(-count // batch_size)).map(read)
 
@@ -176,15 +173,3 @@ def _pack_part(split: Split, start: int, stop: int, config: DataConfig) -> Rows:
     offsets = split.offsets[start : stop + 1]
     rows = pack_rows(offsets - offsets[0], config.sequence_length, config.max_documents, config.packing)
     return Rows(rows.spans + offsets[0], rows.offsets)
-
-
-def _share(batch_size: int, process_index: int, process_count: int, field: str) -> int:
-    require(
-        0 <= process_index < process_count,
-        f"process_index={process_index} must lie between 0 and process_count={process_count}, which is excluded.",
-    )
-    require(
-        batch_size % process_count == 0,
-        f"{field}={batch_size} must be a multiple of the {process_count} processes.",
-    )
-    return batch_size // process_count

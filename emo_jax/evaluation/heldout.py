@@ -4,6 +4,7 @@ Letters: B rows, S sequence, G documents a row, Z domains.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from jax.sharding import Mesh
 from emo_jax.errors import require
 from emo_jax.kernels.experts import default_implementation
 from emo_jax.model import Kept, ModelConfig, bind, token_losses
-from emo_jax.parallel import MeshConfig, put_rows
+from emo_jax.parallel import MeshConfig, put_rows, replicated
 
 
 class Loss(NamedTuple):
@@ -52,7 +53,7 @@ class HeldoutLoss:
 def make_heldout_loss(
     config: ModelConfig, mesh: Mesh, domains: Sequence[str], exchange: MeshConfig | None = None
 ) -> Callable[..., HeldoutLoss]:
-    """Builds (params, batches, kept=None) → `HeldoutLoss`; compiled once, one transfer back at the end.
+    """Builds (params, batches, kept=None, rows=None) → `HeldoutLoss`; compiled once, one transfer back at the end.
 
     Args:
       config: of the model.
@@ -61,11 +62,12 @@ def make_heldout_loss(
       exchange: how tokens reach experts on other devices; None: by default.
 
     The returned function raises `UserError` without batches. They follow the contract of `emo_jax.data`, with
-    `document_domains` int32 [B, G] beside. `kept` is a subset of the experts, one `Kept` a mixture layer.
+    `document_domains` int32 [B, G] beside. `kept` is a subset of the experts, one `Kept` a mixture layer; `rows`
+    are those of whole batches, where several processes each have some.
     """
     implementation = default_implementation(mesh.devices.flat[0].platform)
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=replicated(mesh))
     def sums(params: Any, batch: dict[str, jax.Array], kept: Sequence[Kept] | None) -> jax.Array:
         model = bind(config, params)
         ids_BS, domains_BG = batch["document_ids"], batch["document_domains"]
@@ -89,9 +91,12 @@ def make_heldout_loss(
         return Loss(float(loss / max(tokens, 1)), float(hits / max(tokens, 1)), int(tokens))
 
     def heldout_loss(
-        params: Any, batches: Iterable[dict[str, np.ndarray]], kept: Sequence[Kept] | None = None
+        params: Any,
+        batches: Iterable[dict[str, np.ndarray]],
+        kept: Sequence[Kept] | None = None,
+        rows: int | None = None,
     ) -> HeldoutLoss:
-        parts = [sums(params, put_rows(batch, mesh), kept) for batch in batches]
+        parts = [sums(params, put_rows(batch, mesh, rows), kept) for batch in batches]
         require(bool(parts), "There are no held-out batches to evaluate on.")
         total_3Z = np.sum(jax.device_get(parts), axis=0, dtype=np.float64)
         per_domain = {name: mean(*column) for name, column in zip(domains, total_3Z.T, strict=True) if column[2]}

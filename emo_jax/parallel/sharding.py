@@ -263,15 +263,39 @@ def product(
     return map_tokens(local, mesh, token_args=1, weights=[spec])(x_BSD, weight.astype(x_BSD.dtype))
 
 
-def put_rows(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+def own_rows(mesh: Mesh, rows: int) -> list[int]:
+    """The places in a batch of so many rows that this process's devices hold, ascending.
+
+    A mesh that follows a torus gives a process rows that need not lie together, and processes that share rows (along
+    `context`) the same ones.
+    """
+    held = batch_sharding(mesh).addressable_devices_indices_map((rows, mesh.shape["context"]))
+    return sorted({place for index in held.values() if index for place in range(rows)[index[0]]})
+
+
+def put_rows(batch: dict[str, np.ndarray], mesh: Mesh, rows: int | None = None) -> dict[str, jax.Array]:
     """This process's rows of a batch as its part of global arrays.
 
     They are split as `batch_sharding` says, or by rows alone where an array has no value a token.
+
+    Args:
+      batch: arrays [own rows, ...], in the order of `own_rows`.
+      mesh: where they go.
+      rows: of the whole batch; None: this process has all.
     """
-    length = batch["tokens"].shape[1]
+    own_count, length = batch["tokens"].shape
+    rows = own_count if rows is None else rows
+    own = own_rows(mesh, rows)
+    if len(own) != own_count:
+        raise ValueError(f"this process holds {len(own)} of the {rows} rows, but was given {own_count}")
 
     def put(array: np.ndarray) -> jax.Array:
         spec = TOKENS if array.shape[1] == length else PartitionSpec(ROW_AXES)
-        return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), array)
+
+        def part(index: Any) -> np.ndarray:
+            places = np.searchsorted(own, np.arange(rows)[index[0]])  # which follow one another
+            return array[places[0] : places[-1] + 1][:, *index[1:]]
+
+        return jax.make_array_from_callback((rows, *array.shape[1:]), NamedSharding(mesh, spec), part)
 
     return {name: put(array) for name, array in batch.items()}

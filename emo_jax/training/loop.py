@@ -22,7 +22,7 @@ from emo_jax.data import TokenStore, heldout_batches, prepare_store, train_batch
 from emo_jax.errors import UserError, require
 from emo_jax.evaluation import HeldoutLoss, make_heldout_loss
 from emo_jax.model import active_parameters, flops_per_token, total_parameters
-from emo_jax.parallel import put_rows
+from emo_jax.parallel import own_rows, put_rows
 from emo_jax.training.alarms import Alarms, message
 from emo_jax.training.checkpoints import Checkpoints, same_run, saved_steps
 from emo_jax.training.metrics import PEAK_FLOPS, MetricsLog, Progress, check_wandb, to_numbers
@@ -94,7 +94,7 @@ def _train(
     (run_dir / "tokenizer.json").write_bytes(store.tokenizer_path.read_bytes())
     log(_summary(config, store, mesh))
     with contextlib.closing(Checkpoints(run_dir, config, store.tokenizer_hash)) as checkpoints:
-        batches = iter(train_batches(store, config.data, jax.process_index(), jax.process_count(), log))
+        batches = iter(train_batches(store, config.data, own_rows(mesh, config.data.batch_size), log))
         state = checkpoints.restore(mesh, batches, log)
         if state is None:
             params = None
@@ -159,7 +159,7 @@ class _Run:
                     jax.profiler.start_trace(str(self.run_dir / "profile"))
                     self.profiling = True
                 with clock.waiting():
-                    batch = put_rows(next(batches), self.mesh)
+                    batch = put_rows(next(batches), self.mesh, self.config.data.batch_size)
                 with jax.transfer_guard("disallow"):
                     state, metrics = step_fn(state, batch)
                 if unread:
@@ -252,8 +252,8 @@ class _Run:
 
     def _evaluate(self, state: TrainState) -> HeldoutLoss:
         rows = self.config.data.batch_size // self.config.train.microbatches
-        batches = heldout_batches(self.store, self.config.data, rows, jax.process_index(), jax.process_count())
-        return self.heldout_loss(state.params, batches)
+        batches = heldout_batches(self.store, self.config.data, rows, own_rows(self.mesh, rows))
+        return self.heldout_loss(state.params, batches, rows=rows)
 
 
 class _Clock:

@@ -54,14 +54,23 @@ def test_every_row_comes_once_an_epoch_and_epochs_differ(store, config, packing)
     assert seen[:count] != seen[count : 2 * count]
 
 
-@pytest.mark.parametrize("process_count", [2, 4])
-def test_global_batches_do_not_depend_on_the_number_of_processes(store, config, process_count):
-    whole = take(train_batches(store, config), 12)
-    parts = [take(train_batches(store, config, p, process_count), 12) for p in range(process_count)]
-    joined = [
-        {name: np.concatenate([part[name] for part in step]) for name in NAMES} for step in zip(*parts, strict=True)
+PLACES = [[range(4), range(4, 8)], [[0, 1], [2, 3], [4, 5], [6, 7]], [[0, 1, 6, 7], [2, 3, 4, 5]]]
+"""Of the eight rows of a batch, those of each process."""
+
+
+def joined(parts, places):
+    """Whole batches from those of processes."""
+    order = np.argsort(np.concatenate(places))
+    return [
+        {name: np.concatenate([p[name] for p in step])[order] for name in step[0]} for step in zip(*parts, strict=True)
     ]
-    assert_equal(joined, whole)
+
+
+@pytest.mark.parametrize("places", PLACES)
+def test_global_batches_do_not_depend_on_the_number_of_processes(store, config, places):
+    whole = take(train_batches(store, config), 12)
+    parts = [take(train_batches(store, config, mine), 12) for mine in places]
+    assert_equal(joined(parts, places), whole)
 
 
 def test_seed_alone_decides_the_order(store, config):
@@ -100,11 +109,11 @@ def test_state_of_one_process_resumes_any_number_of_processes(store, config):
     state = iterator.get_state()
     expected = next(iterator)
     halves = []
-    for p in range(2):
-        half = iter(train_batches(store, config, p, 2))
+    for places in PLACES[0]:
+        half = iter(train_batches(store, config, places))
         half.set_state(state)
-        halves.append(next(half))
-    assert_equal([{name: np.concatenate([h[name] for h in halves]) for name in NAMES}], [expected])
+        halves.append([next(half)])
+    assert_equal(joined(halves, PLACES[0]), [expected])
 
 
 def test_store_with_fewer_rows_than_a_batch_repeats_them(config, tmp_path):
@@ -176,20 +185,11 @@ def test_rows_and_their_padding_are_logged(store, config):
     assert lines[1] == f"Rows: {len(rows)} of 32 tokens, best_fit, {100 * padding_share(rows, 32):.1f}% padding."
 
 
-def test_heldout_batches_do_not_depend_on_the_number_of_processes(store, config):
-    whole = list(heldout_batches(store, config, 4))
-    halves = [list(heldout_batches(store, config, 4, p, 2)) for p in range(2)]
-    joined = [{name: np.concatenate([a[name], b[name]]) for name in a} for a, b in zip(*halves, strict=True)]
-    assert_equal(joined, whole)
-
-
-def test_batches_that_cannot_be_divided_are_refused(store, config):
-    with pytest.raises(UserError, match=r"data\.batch_size=8 must be a multiple of the 3 processes"):
-        train_batches(store, config, 0, 3)
-    with pytest.raises(UserError, match=r"process_index=2 .* process_count=2"):
-        train_batches(store, config, 2, 2)
-    with pytest.raises(UserError, match=r"batch_size=5 must be a multiple of the 2 processes"):
-        heldout_batches(store, config, 5, 0, 2)
+@pytest.mark.parametrize("places", PLACES)
+def test_heldout_batches_do_not_depend_on_the_number_of_processes(store, config, places):
+    whole = list(heldout_batches(store, config, 8))
+    parts = [list(heldout_batches(store, config, 8, mine)) for mine in places]
+    assert_equal(joined(parts, places), whole)
 
 
 def test_config_refuses_what_cannot_be_packed():

@@ -11,7 +11,16 @@ from jax.sharding import PartitionSpec
 
 from emo_jax.errors import UserError
 from emo_jax.model import ModelConfig, abstract_parameters, logical_axes
-from emo_jax.parallel import MeshConfig, batch_sharding, make_mesh, map_tokens, param_sharding, put_rows, replicated
+from emo_jax.parallel import (
+    MeshConfig,
+    batch_sharding,
+    make_mesh,
+    map_tokens,
+    own_rows,
+    param_sharding,
+    put_rows,
+    replicated,
+)
 from emo_jax.parallel.config import AXES
 from emo_jax.parallel.sharding import RULES
 
@@ -132,6 +141,19 @@ def test_rows_of_a_batch_are_split_over_both_axes_in_order():
     for i, device in enumerate(mesh.devices.flat):
         (shard,) = (s for s in placed["tokens"].addressable_shards if s.device == device)
         np.testing.assert_array_equal(shard.data, batch["tokens"][2 * i : 2 * i + 2])
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 1), (1, 2, 1, 2), (1, 1, 1, 4)])
+def test_a_process_puts_the_rows_that_its_devices_hold(shape):
+    """All of them where it has all devices; which they are on several processes, tests/processes tells."""
+    mesh = make_mesh(MeshConfig(*shape), 8, jax.devices()[:4])
+    np.testing.assert_array_equal(own_rows(mesh, 8), range(8))
+    batch = {"tokens": np.arange(32, dtype=np.int32).reshape(8, 4), "document_domains": np.ones((8, 3), np.int32)}
+    placed = put_rows(batch, mesh, 8)
+    for name, array in placed.items():
+        np.testing.assert_array_equal(array, batch[name])
+    with pytest.raises(ValueError, match="holds 16 of the 16 rows, but was given 8"):
+        put_rows(batch, mesh, 16)
 
 
 # A custom gradient inside, as the experts have: it sees weights whole and knows of no other device.
