@@ -168,7 +168,8 @@ def test_every_document_comes_once_an_epoch_whatever_the_mixture_packing_and_pro
     state = iterator.get_state()
     shares = []
     for p in range(processes):
-        share = iter(train_batches(store, config, p, processes))
+        size = config.batch_size // processes
+        share = iter(train_batches(store, config, range(p * size, (p + 1) * size)))
         share.set_state(state)
         shares.append([next(share) for _ in range(min(3, count - stop))])
     for k, parts in enumerate(zip(*shares, strict=True)):
