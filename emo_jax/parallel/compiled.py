@@ -6,7 +6,7 @@ A compiler's own cost analysis counts the body of a loop once, whatever its leng
 import itertools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -168,16 +168,18 @@ def _bytes(dtype: str, shape: str) -> int:
 
 def _axis_groups(mesh: Mesh) -> dict[frozenset[frozenset[int]], tuple[str, ...]]:
     """From groups of devices, numbered in mesh order, to the axes that they lie along; axes of one device left out."""
-    ids = np.arange(mesh.size).reshape(tuple(mesh.shape.values()))
     axes = [axis for axis in mesh.axis_names if mesh.shape[axis] > 1]
-    found = {}
-    for count in range(1, len(axes) + 1):
-        for some in itertools.combinations(axes, count):
-            last = [mesh.axis_names.index(axis) for axis in some]
-            rest = [i for i in range(ids.ndim) if i not in last]
-            size = math.prod(mesh.shape[axis] for axis in some)
-            found[_as_groups(ids.transpose(*rest, *last).reshape(-1, size))] = some
-    return found
+    counts = range(1, len(axes) + 1)
+    sizes = dict(mesh.shape)
+    return {_along(sizes, some): some for count in counts for some in itertools.combinations(axes, count)}
+
+
+def _along(sizes: dict[str, int], axes: Sequence[str]) -> frozenset[frozenset[int]]:
+    """Groups of devices that differ in these axes alone, of all axes' sizes."""
+    ids = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
+    last = [list(sizes).index(axis) for axis in axes]
+    rest = [i for i in range(ids.ndim) if i not in last]
+    return _as_groups(ids.transpose(*rest, *last).reshape(-1, math.prod(sizes[axis] for axis in axes)))
 
 
 def _as_groups(rows: np.ndarray | list[tuple[int, ...]]) -> frozenset[frozenset[int]]:
@@ -187,11 +189,7 @@ def _as_groups(rows: np.ndarray | list[tuple[int, ...]]) -> frozenset[frozenset[
 def _axes(text: str, mesh: Mesh, groups: dict[frozenset[frozenset[int]], tuple[str, ...]]) -> tuple[str, ...]:
     if named := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text):
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
-        last = [list(sizes).index(name) for name in re.findall(r"'(\w+)'", named[2])]
-        ids = np.arange(mesh.size).reshape(tuple(sizes.values()))
-        rest = [i for i in range(ids.ndim) if i not in last]
-        size = math.prod(list(sizes.values())[i] for i in last)
-        found = _as_groups(ids.transpose(*rest, *last).reshape(-1, size))
+        found = _along(sizes, re.findall(r"'(\w+)'", named[2]))
     elif iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
         ids = np.arange(mesh.size).reshape(_shape(iota[3]))
         ids = ids.transpose(_shape(iota[4])) if iota[4] else ids

@@ -245,10 +245,9 @@ def _in_chunks(transport: _Transport, keep_dispatched: bool) -> Callable[..., ja
             by_tokens, by_own = kept(g)
 
         def add(total: tuple, chunk: jax.Array, turn: jax.Array) -> tuple:
-            *parts, more = share_gradients(turn, at(chunk, routes), at(chunk, tokens), own, None, g[chunk])
-            by_tokens, by_own = total
-            by_tokens = jax.tree.map(lambda a, part: a.at[chunk].add(part), by_tokens, parts[0])
-            return by_tokens, jax.tree.map(jnp.add, by_own, more)
+            more = share_gradients(turn, at(chunk, routes), at(chunk, tokens), own, None, g[chunk])
+            by_tokens = jax.tree.map(lambda a, part: a.at[chunk].add(part), total[0], more[0])
+            return by_tokens, jax.tree.map(jnp.add, total[1], more[1])
 
         by_tokens, by_own = further(rounds, (by_tokens, by_own), add)
         return jax.tree.map(_no_gradient, routes), by_tokens, by_own, jax.tree.map(_no_gradient, rounds)
