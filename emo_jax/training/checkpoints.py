@@ -1,6 +1,8 @@
 """Checkpoints of a run: parameters, optimizer, data iterator and step, through Orbax."""
 
+import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import shutil
@@ -13,11 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from emo_jax.config import Config
 from emo_jax.errors import UserError, require
 from emo_jax.model import PoolConfig
+from emo_jax.parallel import processes, replicated
 from emo_jax.training.step import TrainState, abstract_state
 
 FORMAT_VERSION = 3
@@ -57,10 +60,10 @@ class Checkpoints:
     def save(self, state: TrainState, iterator: grain.DatasetIterator) -> None:
         """Starts saving `state` and the iterator that has yielded the batches up to it."""
         tree = state._asdict()
-        meta = self._origin | {"checksums": checksums(tree), "iterator": _as_json(iterator.get_state())}
+        # The iterator's state is that of every process, so it stands here and not in a file for each.
+        meta = self._origin | {"checksums": checksums(tree), "iterator": iterator.get_state()}
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(tree, save_args=jax.tree.map_with_path(chunks, tree)),
-            data=grain.checkpoint.CheckpointSave(iterator),
             meta=ocp.args.JsonSave({"content": meta, "sha256": digest(meta)}),
         )
         self._manager.save(int(state.step), args=items)
@@ -70,6 +73,9 @@ class Checkpoints:
     ) -> TrainState | None:
         """The newest undamaged state, placed on `mesh`, and `iterator` moved behind its batches; None without any.
 
+        Where several processes restore and one meets damage, the others may be waiting for it inside of Orbax: so the
+        job ends, and finds the checkpoint before when it is started again.
+
         Args:
           mesh: where arrays go.
           iterator: of the training batches.
@@ -77,6 +83,7 @@ class Checkpoints:
 
         Raises:
           UserError: where the checkpoint is of another format or tokenizer, or all of them are damaged.
+          DamagedError: where one of several processes met a damaged one.
         """
         start = iterator.get_state()
         steps = sorted(self._manager.all_steps(), reverse=True)
@@ -86,16 +93,29 @@ class Checkpoints:
             except UserError:
                 raise
             except Exception as error:  # whatever a library says of a broken file
+                if not isinstance(error, DamagedError):
+                    processes.await_cause()  # no damage where another process was lost
                 iterator.set_state(start)
                 aside = self._folder.with_name("damaged_checkpoints") / str(step)
-                log(f"The checkpoint of step {step} is damaged ({first_line(error)}); moving it to {aside}.")
+                what = f"The checkpoint of step {step} is damaged ({first_line(error)})"
+                log(f"{what}; moving it to {aside}.")
+                if processes.several():
+                    with contextlib.suppress(FileNotFoundError):  # another process may have met the damage as well
+                        self._move(step, aside)
+                    raise DamagedError(
+                        f"{what} and lies in {aside} now. The same command goes on without it."
+                    ) from None
                 self._manager.close()
-                aside.parent.mkdir(exist_ok=True)
-                shutil.rmtree(aside, ignore_errors=True)
-                shutil.move(self._folder / str(step), aside)
+                self._move(step, aside)
                 self._manager = self._open()
         require(not steps, f"Every checkpoint in {self._folder} is damaged; start another --workdir.")
         return None
+
+    def _move(self, step: int, aside: Path) -> None:
+        aside.parent.mkdir(exist_ok=True)
+        if (self._folder / str(step)).exists():
+            shutil.rmtree(aside, ignore_errors=True)
+        shutil.move(self._folder / str(step), aside)
 
     def _restore(self, step: int, mesh: Mesh, iterator: grain.DatasetIterator) -> TrainState:
         meta = read_meta(self._folder / str(step))
@@ -106,15 +126,9 @@ class Checkpoints:
                 "continue it with the version and tokenizer it was made with, or start another --workdir.",
             )
         abstract = abstract_state(self._config, mesh)._asdict()
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(abstract), data=grain.checkpoint.CheckpointRestore(iterator)
-            ),
-        )
+        restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))
         check(restored.state, meta["checksums"])
-        if _as_json(iterator.get_state()) != meta["iterator"]:
-            raise DamagedError("the data iterator's place is not the one that was saved")
+        iterator.set_state(meta["iterator"])
         return TrainState(**restored.state)
 
     def wait(self) -> None:
@@ -130,7 +144,6 @@ class DamagedError(Exception):
     """What is on disk is not what was saved."""
 
 
-@jax.jit
 def _sums(leaves: list[jax.Array], rows: list[jax.Array]) -> list[jax.Array]:
     def total(leaf: jax.Array, rows: jax.Array) -> jax.Array:
         leaf = leaf.reshape(1) if leaf.ndim == 0 else leaf
@@ -145,6 +158,17 @@ def _sums(leaves: list[jax.Array], rows: list[jax.Array]) -> list[jax.Array]:
         return (bits.astype(jnp.uint32) * (2 * place + 1)).sum(range(1, bits.ndim), dtype=jnp.uint32)
 
     return [total(*pair) for pair in zip(leaves, rows, strict=True)]
+
+
+@functools.cache
+def _compiled_sums(mesh: Mesh | None) -> Callable[..., list[jax.Array]]:
+    return jax.jit(_sums, out_shardings=replicated(mesh) if mesh else None)
+
+
+def _summed(leaves: list[jax.Array], rows: list[np.ndarray]) -> list[jax.Array]:
+    """Sums that every process can read, whichever devices the arrays are split over."""
+    meshes = [leaf.sharding.mesh for leaf in leaves if isinstance(leaf.sharding, NamedSharding)]
+    return _compiled_sums(meshes[0] if meshes else None)(leaves, rows)
 
 
 def checksums(tree: Any, experts: dict[str, np.ndarray] | None = None) -> dict[str, int | list[int]]:
@@ -164,7 +188,7 @@ def checksums(tree: Any, experts: dict[str, np.ndarray] | None = None) -> dict[s
         for name, leaf in zip(names, leaves, strict=True)
     ]
     on_device = [i for i, leaf in enumerate(leaves) if not isinstance(leaf, np.ndarray)]
-    there = jax.device_get(_sums([leaves[i] for i in on_device], [rows[i] for i in on_device]))
+    there = jax.device_get(_summed([leaves[i] for i in on_device], [rows[i] for i in on_device]))
     sums = dict(zip(on_device, there, strict=True))
     sums |= {i: _host_sums(leaf, rows[i]) for i, leaf in enumerate(leaves) if i not in sums}
     return {
@@ -224,11 +248,6 @@ def read_meta(checkpoint: Path) -> dict[str, Any]:
 def digest(meta: dict[str, Any]) -> str:
     """Of the metadata itself."""
     return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
-
-
-def _as_json(state: Any) -> Any:
-    """An iterator's state as JSON gives it back."""
-    return json.loads(state) if isinstance(state, bytes | str) else json.loads(json.dumps(state))
 
 
 def first_line(error: Exception) -> str:
@@ -333,7 +352,7 @@ def _unpooled(config: Config, done: int) -> bool:
 
 def _fields(config: Config) -> dict[str, Any]:
     """Every field by its dotted name; last the tokenizer in use, which follows from others."""
-    fields = _flatten(dataclasses.asdict(config))
+    fields = config.fields()
     del fields["data.tokenizer"]
     return fields | {"data.tokenizer": config.tokenizer()}
 
@@ -354,7 +373,3 @@ _FREE = {
     "train.wandb_project",
 }
 """Fields that may change when a run continues: none of them changes what is computed."""
-
-
-def _flatten(sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    return {f"{section}.{name}": value for section, fields in sections.items() for name, value in fields.items()}

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
+import io
 import os
 import platform
 import signal
@@ -19,10 +20,11 @@ from jax.sharding import Mesh
 from emo_jax.analysis import human, write_report
 from emo_jax.config import Config
 from emo_jax.data import TokenStore, heldout_batches, prepare_store, train_batches
+from emo_jax.data.store import silent
 from emo_jax.errors import UserError, require
 from emo_jax.evaluation import HeldoutLoss, make_heldout_loss
 from emo_jax.model import active_parameters, flops_per_token, total_parameters
-from emo_jax.parallel import own_rows, put_rows
+from emo_jax.parallel import own_rows, processes, put_rows
 from emo_jax.training.alarms import Alarms, message
 from emo_jax.training.checkpoints import Checkpoints, same_run, saved_steps
 from emo_jax.training.metrics import PEAK_FLOPS, MetricsLog, Progress, check_wandb, to_numbers
@@ -57,41 +59,35 @@ def train(
 ) -> Result:
     """Trains from the newest checkpoint in `run_dir`, or from the start, to `train.steps`.
 
-    Ctrl-C and SIGTERM end it after the step in flight with a checkpoint.
+    Ctrl-C and SIGTERM end it after the step in flight with a checkpoint. Inside a `parallel.processes.job` every
+    process calls this alike; process 0 writes what is not a part of an array, and speaks.
 
     Args:
       config: of the run; validated before any work.
-      run_dir: local folder for everything the run leaves.
+      run_dir: folder for everything the run leaves, which all processes see.
       log: receives messages for people.
       profile: first and last step of a profiler trace, which goes to `profile/` in `run_dir`.
 
     Raises:
-      UserError: on a config that cannot work, or that is not that of the run in `run_dir`; where another
-        process is training in `run_dir`; where the guard gives up.
+      UserError: on a config that cannot work, or that is not that of the run in `run_dir`; where another job is
+        training in `run_dir`; where processes of one job differ in what they were given; where the guard gives up.
     """
     config.validate()
     check_wandb(config.train.wandb_project)
+    processes.agree(config.fields(), "give every process the same --config and the same overrides.")
     mesh = run_mesh(config)
-    with _only_process(run_dir), _full_disk(run_dir):
-        return _train(config, run_dir, mesh, log, profile)
+    with _only_job(run_dir), _full_disk(run_dir):
+        return _train(config, run_dir, mesh, log if processes.first() else silent, profile)
 
 
 def _train(
     config: Config, run_dir: Path, mesh: Mesh, log: Callable[[str], None], profile: tuple[int, int] | None
 ) -> Result:
-    require(
-        saved_steps(run_dir) != [0],
-        f"{run_dir} holds a model's weights, not a run's state. Start a run from them: another --workdir, with "
-        f"--config.train.init_from={run_dir}.",
-    )
-    fresh = not (run_dir / "config.json").exists()
-    if config.train.continue_from and fresh:
-        continue_run(config, run_dir, log)
-    elif not saved_steps(run_dir):
-        check_origin(config)
-    same_run(run_dir, config)
+    if processes.first():
+        _prepare_run(config, run_dir, log)
     store = _tokens(config, run_dir, log)
-    (run_dir / "tokenizer.json").write_bytes(store.tokenizer_path.read_bytes())
+    if processes.first():
+        (run_dir / "tokenizer.json").write_bytes(store.tokenizer_path.read_bytes())
     log(_summary(config, store, mesh))
     with contextlib.closing(Checkpoints(run_dir, config, store.tokenizer_hash)) as checkpoints:
         batches = iter(train_batches(store, config.data, own_rows(mesh, config.data.batch_size), log))
@@ -104,14 +100,40 @@ def _train(
             state = init_state(config, mesh, params)
         else:
             log(f"Continuing from the checkpoint of step {int(state.step)}.")
-        with contextlib.closing(MetricsLog(run_dir, int(state.step), config)) as metrics:
-            return _Run(config, run_dir, mesh, store, checkpoints, metrics, log, profile).steps(state, batches)
+        with contextlib.ExitStack() as opened:
+            metrics = None
+            if processes.first():
+                metrics = opened.enter_context(contextlib.closing(MetricsLog(run_dir, int(state.step), config)))
+            return _Run(config, run_dir, mesh, store, checkpoints, metrics, profile).steps(state, batches)
+
+
+def _prepare_run(config: Config, run_dir: Path, log: Callable[[str], None]) -> None:
+    """What can be refused or copied before tokens are made."""
+    require(
+        saved_steps(run_dir) != [0],
+        f"{run_dir} holds a model's weights, not a run's state. Start a run from them: another --workdir, with "
+        f"--config.train.init_from={run_dir}.",
+    )
+    fresh = not (run_dir / "config.json").exists()
+    if config.train.continue_from and fresh:
+        continue_run(config, run_dir, log)
+    elif not saved_steps(run_dir):
+        check_origin(config)
+    same_run(run_dir, config)
 
 
 def _tokens(config: Config, run_dir: Path, log: Callable[[str], None]) -> TokenStore:
-    """The run's tokens, of both kinds."""
+    """The run's tokens: made by process 0, and by those with a `data.cache_dir` of their own."""
     data = dataclasses.replace(config.data, tokenizer=config.tokenizer())
+    if not processes.first():
+        processes.wait()
     store = prepare_store(data, config.model.vocab_size, config.data.cache_dir or run_dir / "data", log)
+    if processes.first():
+        processes.wait()
+    processes.agree(
+        {"the tokens' fingerprint": store.fingerprint, "the tokenizer's hash": store.tokenizer_hash},
+        "give all hosts the same text and tokenizer, or a data.cache_dir that they share.",
+    )
     require(
         len(store.heldout) > 0,
         f"{store.directory} has no held-out documents to evaluate on; raise data.heldout_fraction="
@@ -130,19 +152,19 @@ class _Run:
         mesh: Mesh,
         store: TokenStore,
         checkpoints: Checkpoints,
-        metrics: MetricsLog,
-        log: Callable[[str], None],
+        metrics: MetricsLog | None,
         profile: tuple[int, int] | None,
     ):
+        """`metrics` is None in processes that write and show nothing."""
         self.config, self.run_dir, self.mesh, self.store = config, run_dir, mesh, store
-        self.checkpoints, self.metrics, self.log = checkpoints, metrics, log
-        self.progress = Progress(config.train.steps)
+        self.checkpoints, self.metrics = checkpoints, metrics
+        self.progress = Progress(config.train.steps, None if metrics else io.StringIO())
         self.heldout_loss = make_heldout_loss(config.model, mesh, store.domains, config.mesh)
         self.heldout: HeldoutLoss | None = None
         self.tokens_per_step = config.data.batch_size * config.data.sequence_length
         self.profile, self.profiling = profile or (0, 0), False
         self.alarms = Alarms(config)
-        for line in metrics.kept:
+        for line in metrics.kept if metrics else ():
             self.alarms.update(line)
         self.reported, self.report_seconds = time.monotonic(), 0.0
 
@@ -153,8 +175,9 @@ class _Run:
         done = saved = int(state.step)
         clock = _Clock()
         unread: tuple[int, Any] | None = None
-        with _signals() as stop:
-            while done < last and not stop:
+        stopped_by = 0
+        with _signals() as signal_before:
+            while done < last and not (stopped_by := signal_before(done)):
                 if done + 1 == self.profile[0]:
                     jax.profiler.start_trace(str(self.run_dir / "profile"))
                     self.profiling = True
@@ -166,7 +189,7 @@ class _Run:
                     self._write(*unread, clock)
                 done += 1
                 unread = (done, metrics)
-                if self.profiling and (done == self.profile[1] or stop):
+                if self.profiling and done == self.profile[1]:
                     self._end_profile(done, metrics)
                 evaluate = done == last or (train.eval_every and done % train.eval_every == 0)
                 save = done == last or done % train.checkpoint_every == 0
@@ -178,6 +201,8 @@ class _Run:
                     saved = done
                 if evaluate:
                     clock.restart()
+            if self.profiling:
+                self._end_profile(done, state)
             if unread:
                 self._write(*unread, clock)
             if saved != done:
@@ -186,8 +211,8 @@ class _Run:
         if done == last and self.heldout is None:  # a finished run, started again
             self.heldout = self._evaluate(state)
         self.checkpoints.wait()
-        stopped_by = stop[0] if done < last else 0
-        return Result(done, stopped_by, self.heldout, write_report(self.run_dir))
+        report = write_report(self.run_dir) if self.metrics else self.run_dir / "report.html"
+        return Result(done, stopped_by, self.heldout, report)
 
     def _write(self, step: int, metrics: Any, clock: "_Clock", state: TrainState | None = None) -> None:
         """Logs a step; evaluates `state` first if given."""
@@ -195,9 +220,12 @@ class _Run:
         if line["skipped_in_row"]:
             self._skipped(line)
         rate = clock.tick(self.tokens_per_step)
-        expert_load = line.get("routing", {}).pop("expert_load", None)
         if state is not None:
             self.heldout = self._evaluate(state)
+        if self.metrics is None:
+            return
+        expert_load = line.get("routing", {}).pop("expert_load", None)
+        if state is not None and self.heldout is not None:
             line["heldout"] = self.heldout.to_json()
             if expert_load is not None:
                 line["routing"]["expert_load"] = expert_load
@@ -293,21 +321,27 @@ class _Clock:
 
 
 @contextlib.contextmanager
-def _only_process(run_dir: Path) -> Iterator[None]:
-    """Holds the run directory; the system lets go of it however the process ends."""
+def _only_job(run_dir: Path) -> Iterator[None]:
+    """Holds the run directory through process 0; the system lets go of it however the process ends."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / ".lock").open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            raise UserError(
-                f"Another process ({file.read().strip() or 'unknown'}) is training in {run_dir}; "
-                "wait for it, stop it, or use another --workdir."
-            ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}")
-        file.flush()
+    path = run_dir / ".lock"
+    with contextlib.ExitStack() as opened:
+        if processes.first():
+            file = opened.enter_context(path.open("a+"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                file.seek(0)
+                raise UserError(
+                    f"Another process ({file.read().split(',')[0] or 'unknown'}) is training in {run_dir}; "
+                    "wait for it, stop it, or use another --workdir."
+                ) from None
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}, {time.time_ns()}")
+            file.flush()
+        processes.wait()
+        holder = path.read_text() if path.exists() else ""
+        processes.agree({"the lock in --workdir": holder}, "give a folder that all hosts share.")
         yield
 
 
@@ -329,20 +363,33 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Yields a list that fills when SIGINT or SIGTERM arrives; a second SIGINT is a KeyboardInterrupt."""
+def _signals() -> Iterator[Callable[[int], int]]:
+    """Yields a function that takes steps done and says which signal ends the run now; 0: none.
+
+    After SIGINT or SIGTERM; a second SIGINT is a KeyboardInterrupt. Several processes agree on a step: JAX listens for
+    SIGTERM in each of them, so SIGINT becomes one there.
+    """
     received: list[int] = []
+    several = processes.several()
 
     def handler(number: int, frame: Any) -> None:
         if received and number == signal.SIGINT:
             raise KeyboardInterrupt
         received.append(number)
+        if several:
+            os.kill(os.getpid(), signal.SIGTERM)
 
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    def before(step: int) -> int:
+        if several:
+            return (*received, signal.SIGTERM)[0] if processes.stop_reached(step) else 0
+        return received[0] if received else 0
+
+    caught = (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM)
+    handlers = {number: signal.signal(number, handler) for number in caught}
     try:
-        yield received
+        yield before
     finally:
-        for number, old in before.items():
+        for number, old in handlers.items():
             signal.signal(number, old)
 
 
