@@ -8,7 +8,6 @@ On several hosts, each runs it with `--distributed`; `launch/` has scripts that 
 import contextlib
 import re
 import signal
-from pathlib import Path
 
 from absl import flags
 
@@ -16,7 +15,9 @@ from emo_jax import cli
 from emo_jax.errors import require
 
 _CONFIG = cli.define_config()
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and report.", required=True)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder, or gs://BUCKET/NAME, for checkpoints, metrics and report.", required=True
+)
 _PROFILE = flags.DEFINE_string("profile_steps", "", "Steps to trace with the profiler, as FIRST:LAST.")
 
 _DISTRIBUTED = flags.DEFINE_bool(
@@ -42,7 +43,7 @@ def main() -> int:
     from emo_jax.training import train
 
     with processes.job() if _DISTRIBUTED.value else contextlib.nullcontext():
-        result = train(config, Path(_WORKDIR.value), profile=profile)
+        result = train(config, _WORKDIR.value, profile=profile)
     status = _PREEMPTED.value if result.stopped_by == signal.SIGTERM else result.exit_status
     if not processes.first():
         return status

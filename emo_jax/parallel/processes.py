@@ -140,6 +140,8 @@ def _join() -> None:
             "process 0's host.",
         )
         arguments["cluster_detection_method"] = "deactivate"
+    if explicit:
+        print(f"Process {index} of {count} meets the others at {given['coordinator_address']} ...", flush=True)
     try:
         jax.distributed.initialize(**arguments)
     except ValueError as error:

@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from jax.sharding import Mesh, NamedSharding
 
 from emo_jax.config import Config
@@ -39,17 +39,17 @@ class Checkpoints:
     checksum of every array, and a damaged one is moved aside for the one before it.
     """
 
-    def __init__(self, run_dir: Path, config: Config, tokenizer_hash: str):
+    def __init__(self, run_dir: Path | epath.Path, config: Config, tokenizer_hash: str):
         """Opens or creates the folder.
 
         Args:
-          run_dir: of the run.
+          run_dir: of the run; absolute, or in a bucket.
           config: of the run.
           tokenizer_hash: of the run's tokenizer; a checkpoint made with another one is refused.
         """
         self._config = config
         self._origin = {"format_version": FORMAT_VERSION, "tokenizer_hash": tokenizer_hash}
-        self._folder = run_dir.absolute() / "checkpoints"
+        self._folder = epath.Path(run_dir) / "checkpoints"  # Orbax wants it absolute
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
@@ -96,7 +96,7 @@ class Checkpoints:
                 if not isinstance(error, DamagedError):
                     processes.await_cause()  # no damage where another process was lost
                 iterator.set_state(start)
-                aside = self._folder.with_name("damaged_checkpoints") / str(step)
+                aside = self._folder.parent / "damaged_checkpoints" / str(step)
                 what = f"The checkpoint of step {step} is damaged ({first_line(error)})"
                 log(f"{what}; moving it to {aside}.")
                 if processes.several():
@@ -111,11 +111,11 @@ class Checkpoints:
         require(not steps, f"Every checkpoint in {self._folder} is damaged; start another --workdir.")
         return None
 
-    def _move(self, step: int, aside: Path) -> None:
+    def _move(self, step: int, aside: epath.Path) -> None:
         aside.parent.mkdir(exist_ok=True)
         if (self._folder / str(step)).exists():
-            shutil.rmtree(aside, ignore_errors=True)
-        shutil.move(self._folder / str(step), aside)
+            aside.rmtree(missing_ok=True)
+        (self._folder / str(step)).rename(aside)
 
     def _restore(self, step: int, mesh: Mesh, iterator: grain.DatasetIterator) -> TrainState:
         meta = read_meta(self._folder / str(step))
@@ -233,7 +233,7 @@ def check(tree: Any, expected: dict[str, Any], experts: dict[str, np.ndarray] | 
             raise DamagedError(f"{name} does not have the checksum it was saved with")
 
 
-def read_meta(checkpoint: Path) -> dict[str, Any]:
+def read_meta(checkpoint: Path | epath.Path) -> dict[str, Any]:
     """What is kept beside the arrays in a checkpoint's folder: format, tokenizer, checksums.
 
     Raises:
@@ -267,12 +267,15 @@ def apart(path: tuple, leaf: jax.Array | np.ndarray) -> bool:
     return _stacked(path, leaf) and leaf.nbytes // leaf.shape[0] >= _MIN_CHUNK_BYTES
 
 
-def saved_steps(run_dir: Path) -> list[int]:
+def saved_steps(run_dir: Path | epath.Path) -> list[int]:
     """Steps of the complete checkpoints of a run, ascending; reads nothing but names."""
-    return sorted(int(path.name) for path in (Path(run_dir) / "checkpoints").glob("*") if path.name.isdigit())
+    folders = [path for path in (epath.Path(run_dir) / "checkpoints").glob("*") if path.name.isdigit()]
+    if "://" in str(run_dir):  # nothing is renamed there once it is complete, so Orbax leaves a sign
+        folders = [path for path in folders if (path / "commit_success.txt").exists()]
+    return sorted(int(path.name) for path in folders)
 
 
-def same_run(run_dir: Path, config: Config) -> None:
+def same_run(run_dir: Path | epath.Path, config: Config) -> None:
     """Keeps `config.json`, or compares with the one that is there.
 
     Raises:
@@ -357,7 +360,7 @@ def _fields(config: Config) -> dict[str, Any]:
     return fields | {"data.tokenizer": config.tokenizer()}
 
 
-def _write_config(file: Path, config: Config) -> None:
+def _write_config(file: Path | epath.Path, config: Config) -> None:
     temporary = file.with_suffix(".tmp")
     temporary.write_text(config.to_json())
     temporary.replace(file)

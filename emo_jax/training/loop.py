@@ -3,10 +3,8 @@
 import contextlib
 import dataclasses
 import errno
-import fcntl
 import io
 import os
-import platform
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +26,7 @@ from emo_jax.parallel import own_rows, processes, put_rows
 from emo_jax.training.alarms import Alarms, message
 from emo_jax.training.checkpoints import Checkpoints, same_run, saved_steps
 from emo_jax.training.metrics import PEAK_FLOPS, MetricsLog, Progress, check_wandb, to_numbers
+from emo_jax.training.run_directory import RunDirectory
 from emo_jax.training.start import check_origin, continue_run, initial_parameters
 from emo_jax.training.step import TrainState, init_state, make_train_step, run_mesh, state_shardings
 
@@ -46,7 +45,7 @@ class Result:
     step: int
     stopped_by: int
     heldout: HeldoutLoss | None
-    report: Path
+    report: str
 
     @property
     def exit_status(self) -> int:
@@ -55,7 +54,10 @@ class Result:
 
 
 def train(
-    config: Config, run_dir: Path, log: Callable[[str], None] = print, profile: tuple[int, int] | None = None
+    config: Config,
+    run_dir: str | os.PathLike[str],
+    log: Callable[[str], None] = print,
+    profile: tuple[int, int] | None = None,
 ) -> Result:
     """Trains from the newest checkpoint in `run_dir`, or from the start, to `train.steps`.
 
@@ -64,7 +66,7 @@ def train(
 
     Args:
       config: of the run; validated before any work.
-      run_dir: folder for everything the run leaves, which all processes see.
+      run_dir: for everything the run leaves: a folder that all processes see, or `gs://BUCKET/NAME`.
       log: receives messages for people.
       profile: first and last step of a profiler trace, which goes to `profile/` in `run_dir`.
 
@@ -74,22 +76,23 @@ def train(
     """
     config.validate()
     check_wandb(config.train.wandb_project)
+    directory = RunDirectory(run_dir)
     processes.agree(config.fields(), "give every process the same --config and the same overrides.")
     mesh = run_mesh(config)
-    with _only_job(run_dir), _full_disk(run_dir):
-        return _train(config, run_dir, mesh, log if processes.first() else silent, profile)
+    with directory.held(), _full_disk(directory.local):
+        return _train(config, directory, mesh, log if processes.first() else silent, profile)
 
 
 def _train(
-    config: Config, run_dir: Path, mesh: Mesh, log: Callable[[str], None], profile: tuple[int, int] | None
+    config: Config, directory: RunDirectory, mesh: Mesh, log: Callable[[str], None], profile: tuple[int, int] | None
 ) -> Result:
     if processes.first():
-        _prepare_run(config, run_dir, log)
-    store = _tokens(config, run_dir, log)
+        _prepare_run(config, directory, log)
+    store = _tokens(config, directory, log)
     if processes.first():
-        (run_dir / "tokenizer.json").write_bytes(store.tokenizer_path.read_bytes())
+        (directory.home / "tokenizer.json").write_bytes(store.tokenizer_path.read_bytes())
     log(_summary(config, store, mesh))
-    with contextlib.closing(Checkpoints(run_dir, config, store.tokenizer_hash)) as checkpoints:
+    with contextlib.closing(Checkpoints(directory.home, config, store.tokenizer_hash)) as checkpoints:
         batches = iter(train_batches(store, config.data, own_rows(mesh, config.data.batch_size), log))
         state = checkpoints.restore(mesh, batches, log)
         if state is None:
@@ -103,12 +106,14 @@ def _train(
         with contextlib.ExitStack() as opened:
             metrics = None
             if processes.first():
-                metrics = opened.enter_context(contextlib.closing(MetricsLog(run_dir, int(state.step), config)))
-            return _Run(config, run_dir, mesh, store, checkpoints, metrics, profile).steps(state, batches)
+                log_files = MetricsLog(directory.local, int(state.step), config)
+                metrics = opened.enter_context(contextlib.closing(log_files))
+            return _Run(config, directory, mesh, store, checkpoints, metrics, profile).steps(state, batches)
 
 
-def _prepare_run(config: Config, run_dir: Path, log: Callable[[str], None]) -> None:
+def _prepare_run(config: Config, directory: RunDirectory, log: Callable[[str], None]) -> None:
     """What can be refused or copied before tokens are made."""
+    run_dir = directory.home
     require(
         saved_steps(run_dir) != [0],
         f"{run_dir} holds a model's weights, not a run's state. Start a run from them: another --workdir, with "
@@ -116,19 +121,26 @@ def _prepare_run(config: Config, run_dir: Path, log: Callable[[str], None]) -> N
     )
     fresh = not (run_dir / "config.json").exists()
     if config.train.continue_from and fresh:
-        continue_run(config, run_dir, log)
+        require(
+            not directory.in_bucket,
+            f"train.continue_from={config.train.continue_from!r} is copied into a folder, and --workdir={run_dir} is "
+            "none; copy the whole run there, and leave train.continue_from empty.",
+        )
+        continue_run(config, directory.local, log)
     elif not saved_steps(run_dir):
         check_origin(config)
     same_run(run_dir, config)
+    directory.fetch()
 
 
-def _tokens(config: Config, run_dir: Path, log: Callable[[str], None]) -> TokenStore:
+def _tokens(config: Config, directory: RunDirectory, log: Callable[[str], None]) -> TokenStore:
     """The run's tokens: made by process 0, and by those with a `data.cache_dir` of their own."""
     data = dataclasses.replace(config.data, tokenizer=config.tokenizer())
-    if not processes.first():
+    own = directory.in_bucket and not config.data.cache_dir  # a folder of each host
+    if not (processes.first() or own):
         processes.wait()
-    store = prepare_store(data, config.model.vocab_size, config.data.cache_dir or run_dir / "data", log)
-    if processes.first():
+    store = prepare_store(data, config.model.vocab_size, config.data.cache_dir or directory.local / "data", log)
+    if processes.first() and not own:
         processes.wait()
     processes.agree(
         {"the tokens' fingerprint": store.fingerprint, "the tokenizer's hash": store.tokenizer_hash},
@@ -148,7 +160,7 @@ class _Run:
     def __init__(
         self,
         config: Config,
-        run_dir: Path,
+        directory: RunDirectory,
         mesh: Mesh,
         store: TokenStore,
         checkpoints: Checkpoints,
@@ -156,7 +168,7 @@ class _Run:
         profile: tuple[int, int] | None,
     ):
         """`metrics` is None in processes that write and show nothing."""
-        self.config, self.run_dir, self.mesh, self.store = config, run_dir, mesh, store
+        self.config, self.directory, self.mesh, self.store = config, directory, mesh, store
         self.checkpoints, self.metrics = checkpoints, metrics
         self.progress = Progress(config.train.steps, None if metrics else io.StringIO())
         self.heldout_loss = make_heldout_loss(config.model, mesh, store.domains, config.mesh)
@@ -179,7 +191,7 @@ class _Run:
         with _signals() as signal_before:
             while done < last and not (stopped_by := signal_before(done)):
                 if done + 1 == self.profile[0]:
-                    jax.profiler.start_trace(str(self.run_dir / "profile"))
+                    jax.profiler.start_trace(str(self.directory.local / "profile"))
                     self.profiling = True
                 with clock.waiting():
                     batch = put_rows(next(batches), self.mesh, self.config.data.batch_size)
@@ -197,7 +209,7 @@ class _Run:
                     self._write(done, metrics, clock, state if evaluate else None)
                     unread = None
                 if save:
-                    self.checkpoints.save(state, batches)
+                    self._save(state, batches)
                     saved = done
                 if evaluate:
                     clock.restart()
@@ -207,12 +219,18 @@ class _Run:
                 self._write(*unread, clock)
             if saved != done:
                 self.progress.message(f"\nInterrupted: saving step {done} ...")
-                self.checkpoints.save(state, batches)
+                self._save(state, batches)
         if done == last and self.heldout is None:  # a finished run, started again
             self.heldout = self._evaluate(state)
         self.checkpoints.wait()
-        report = write_report(self.run_dir) if self.metrics else self.run_dir / "report.html"
-        return Result(done, stopped_by, self.heldout, report)
+        if self.metrics:
+            self._report()
+        return Result(done, stopped_by, self.heldout, str(self.directory.home / "report.html"))
+
+    def _save(self, state: TrainState, batches: grain.DatasetIterator) -> None:
+        if self.metrics:
+            self.directory.send()  # the log of these steps must be there before their checkpoint is
+        self.checkpoints.save(state, batches)
 
     def _write(self, step: int, metrics: Any, clock: "_Clock", state: TrainState | None = None) -> None:
         """Logs a step; evaluates `state` first if given."""
@@ -254,7 +272,8 @@ class _Run:
 
     def _report(self) -> None:
         start = time.monotonic()
-        write_report(self.run_dir)
+        write_report(self.directory.local)
+        self.directory.send()
         self.reported = time.monotonic()
         self.report_seconds = self.reported - start
 
@@ -263,8 +282,8 @@ class _Run:
         jax.profiler.stop_trace()
         self.profiling = False
         self.progress.message(
-            f"Steps {self.profile[0]} to {done} are profiled: tensorboard --logdir {self.run_dir / 'profile'} shows "
-            "them, with the package xprof."
+            f"Steps {self.profile[0]} to {done} are profiled: tensorboard --logdir "
+            f"{self.directory.local / 'profile'} shows them, with the package xprof."
         )
 
     def _skipped(self, line: dict[str, Any]) -> None:
@@ -321,31 +340,6 @@ class _Clock:
 
 
 @contextlib.contextmanager
-def _only_job(run_dir: Path) -> Iterator[None]:
-    """Holds the run directory through process 0; the system lets go of it however the process ends."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    path = run_dir / ".lock"
-    with contextlib.ExitStack() as opened:
-        if processes.first():
-            file = opened.enter_context(path.open("a+"))
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                file.seek(0)
-                raise UserError(
-                    f"Another process ({file.read().split(',')[0] or 'unknown'}) is training in {run_dir}; "
-                    "wait for it, stop it, or use another --workdir."
-                ) from None
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {platform.node()}, {time.time_ns()}")
-            file.flush()
-        processes.wait()
-        holder = path.read_text() if path.exists() else ""
-        processes.agree({"the lock in --workdir": holder}, "give a folder that all hosts share.")
-        yield
-
-
-@contextlib.contextmanager
 def _full_disk(run_dir: Path) -> Iterator[None]:
     """Says what a full disk means; whoever meets it first (log, report, Orbax) says it in words of its own."""
     try:
@@ -380,9 +374,12 @@ def _signals() -> Iterator[Callable[[int], int]]:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def before(step: int) -> int:
-        if several:
-            return (*received, signal.SIGTERM)[0] if processes.stop_reached(step) else 0
-        return received[0] if received else 0
+        if not several:
+            return received[0] if received else 0
+        if not processes.stop_reached(step):
+            return 0
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would end the process while it saves
+        return (*received, signal.SIGTERM)[0]
 
     caught = (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM)
     handlers = {number: signal.signal(number, handler) for number in caught}
