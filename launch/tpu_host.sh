@@ -1,7 +1,7 @@
 #!/bin/sh
 # What launch/tpu_pod.sh calls on each host of a slice, in the folder emo_jax of its home.
 #
-#   sh launch/tpu_host.sh setup BUCKET | start TRAINING_OPTIONS ... | state | stop
+#   sh launch/tpu_host.sh setup [BUCKET] | start TRAINING_OPTIONS ... | state | stop
 #
 # Training and bucket are system services: they outlive ssh, a shutdown ends the training with SIGTERM, and the bucket
 # stays mounted until that has saved.
@@ -20,7 +20,8 @@ case $command in
             curl -LsSf https://astral.sh/uv/install.sh | sh
             uv python install 3.12
         fi
-        sh .ci/install.sh tpu
+        sh .ci/install.sh tpu,gcs
+        if [ -z "${1:-}" ]; then exit; fi
         if ! command -v gcsfuse >/dev/null; then
             key=/usr/share/keyrings/cloud.google.asc
             curl -fsSL https://packages.cloud.google.com/apt/doc/apt-key.gpg | sudo tee "$key" >/dev/null
@@ -42,7 +43,7 @@ case $command in
     start)
         sh "$0" stop
         rm -f "$status_file"
-        cache=/bucket/compiled
+        cache=''
         for word; do case $word in --workdir=*) cache=${word#*=}/compiled ;; esac; done
         sudo systemd-run --unit=emo --uid="$(id -un)" --working-directory="$PWD" \
             --property=After=emo-bucket.service --property=KillMode=mixed --property=TimeoutStopSec=120 \
@@ -64,5 +65,5 @@ case $command in
         sudo systemctl stop emo 2>/dev/null || :
         sudo systemctl reset-failed emo 2>/dev/null || :
         ;;
-    *) echo 'tpu_host.sh: setup BUCKET, start OPTIONS ..., state or stop? launch/tpu_pod.sh calls it.' >&2 && exit 2 ;;
+    *) echo 'tpu_host.sh: setup [BUCKET], start OPTIONS ..., state or stop? launch/tpu_pod.sh calls it.' >&2 && exit 2 ;;
 esac

@@ -1,16 +1,16 @@
 #!/bin/sh
 # A TPU pod slice from a queued resource, also a Spot one, which is asked for anew whenever it is taken away.
 #
-#   sh launch/tpu_pod.sh watch --name=emo --zone=us-east5-a --type=v5p-128 --bucket=BUCKET --spot \
-#       --config=configs/emo_1b14b.py --workdir=/bucket/emo [--dry_run]
+#   sh launch/tpu_pod.sh watch --name=emo --zone=us-east5-a --type=v5p-128 --spot \
+#       --config=configs/emo_1b14b.py --workdir=gs://BUCKET/emo [--bucket=BUCKET] [--dry_run]
 #
 # watch   does all that follows, and again after preemptions, until the training has finished; then it deletes the slice
 # up      asks for the slice           run     installs this clone's last commit on its hosts and starts the training
 # status  of slice and training        logs    of host 0 (--worker=I: of another), until Ctrl-C
 # stop    saves and ends the training  down    deletes the slice
 #
-# Needs gcloud, signed in, with quota for the type, and a bucket with hierarchical namespace, which becomes /bucket on
-# every host (launch/tpu_host.sh). The training goes on without this script; only a lost slice needs it to come back.
+# Needs gcloud, signed in, with quota for the type, and a bucket. With --bucket it becomes /bucket on every host, for what
+# must be a folder: data.path, or a --workdir there (launch/tpu_host.sh). The training goes on without this script; only a lost slice needs it to come back.
 # --runtime=VERSION names an image for other types than v4, v5e, v5p and v6e. For TPU7x there is launch/gke.sh.
 
 set -eu
@@ -30,8 +30,11 @@ case $command in
     watch | run)
         needs_run
         case $bucket:$workdir in
-            ?*:/bucket/?*) ;;
-            *) die 'the run must live where all hosts see it: --bucket=BUCKET --workdir=/bucket/FOLDER.' ;;
+            ?*:/bucket/?* | *:gs://?*) ;;
+            *)
+                die 'the run must live where all hosts see it: --workdir=gs://BUCKET/NAME, or --bucket=BUCKET' \
+                    '--workdir=/bucket/FOLDER.'
+                ;;
         esac
         ;;
 esac
