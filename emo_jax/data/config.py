@@ -7,8 +7,12 @@ from typing import NamedTuple
 
 from emo_jax.errors import UserError, require, require_choice
 
-SOURCES = ("installed_text", "jsonl", "text", "tfds", "examples", "mixture")
+SOURCES = ("installed_text", "jsonl", "text", "tfds", "examples", "tokens", "mixture")
 PACKINGS = ("concatenate", "best_fit")
+PREPARED_SOURCES = ("jsonl", "text", "tfds", "olmo")
+FORMATS = ("array_record", "olmo")
+ON_CORRUPT = ("stop", "skip")
+TOKEN_TYPES = ("uint16", "uint32")
 
 
 class Part(NamedTuple):
@@ -28,8 +32,9 @@ class DataConfig:
     """`installed_text`: text any Python machine holds. `jsonl`: objects with `text` and an optional
     `domain`, plain, `.gz` or `.zst`. `text`: a folder of `.txt`/`.md` files, its subfolders the domains.
     `tfds`: the training split of a TensorFlow Datasets dataset in ArrayRecord format; TensorFlow is not needed.
-    `examples`: JSON lines with `prompt` and `answer`, which alone is learnt; each is a document. `mixture`: several of
-    these."""
+    `examples`: JSON lines with `prompt` and `answer`, which alone is learnt; each is a document. `tokens`: a folder
+    that `python -m emo_jax.prepare` made, read where it lies; what it holds was decided there, so of the fields below
+    only those that shape rows and batches act. `mixture`: several of these, `tokens` only with its like."""
     path: str = ""
     """File, folder or glob of `source`; for `tfds` a prepared dataset's folder or a name such as
     `wikipedia/20230601.en`; unused by `installed_text`."""
@@ -100,6 +105,12 @@ class DataConfig:
         )
         names = [part.name for part in self.parts()]
         require(len(set(names)) == len(names), f"data.mixture names a part twice: {', '.join(names)}.")
+        prepared = [part.source == "tokens" for part in self.parts()]
+        require(
+            all(prepared) or not any(prepared),
+            "data.mixture has parts of source 'tokens' beside others: prepare the others too (python -m "
+            "emo_jax.prepare, with the same tokenizer), or give the first as text.",
+        )
         require_choice("data.packing", self.packing, PACKINGS)
         require(
             self.max_repetitions == 0 or self.max_repetitions >= 2,
@@ -119,6 +130,101 @@ class DataConfig:
         )
         require(self.max_megabytes >= 0, f"data.max_megabytes={self.max_megabytes} is negative; 0 reads everything.")
         require(bool(self.text_field), "data.text_field is empty; name the field that holds the text.")
+
+
+@dataclasses.dataclass(frozen=True)
+class PrepareConfig:
+    """A corpus that becomes tokens on disk once: the flags of `python -m emo_jax.prepare`."""
+
+    source: str = "jsonl"
+    """`jsonl`, `text` or `tfds`, as in `DataConfig.source`. `olmo`: arrays of tokens that others made; `path` is their
+    mix file with lines `label,path`. They are indexed where they lie."""
+    path: str = ""
+    """File, folder or glob; a dataset's folder or name; a mix file."""
+    out: str = ""
+    """Folder for the result."""
+    text_field: str = "text"
+    """Where `jsonl` objects and `tfds` examples hold their text."""
+    format: str = "array_record"
+    """Of the result. `array_record`: files of records, a document each, compressed. `olmo`: arrays of 32-bit tokens
+    without a header, one document behind another, and `mix.txt`, which lists them."""
+    tokenizer: str = ""
+    """A Hugging Face `tokenizer.json`; empty: a byte-level BPE is trained on a sample of the corpus."""
+    vocab_size: int = 50_304
+    """Entries of a tokenizer that is trained."""
+    end_of_text: str = "<|endoftext|>"
+    """The token that ends every document."""
+    heldout_fraction: float = 0.001
+    """Share of documents kept from training, chosen by a hash of their text, so that copies are on one side."""
+    heldout_documents: int = 40
+    """Of those, how many of a domain an evaluation reads: the ones with the smallest hashes."""
+    heldout_bytes: int = 12_000
+    """Of each of them at most so many first bytes."""
+    dedup: bool = True
+    """Whether only the first of several documents with the same text is kept."""
+    min_characters: int = 0
+    """Shorter documents are dropped."""
+    max_characters: int = 0
+    """Longer documents are dropped; 0: none are."""
+    max_duplicate_lines: float = 1.0
+    """Documents are dropped where more than this share of their characters is in lines that occurred before in the
+    same document: a filter of the Gopher corpus, at 0.2 there (Rae et al. 2021, arXiv 2112.11446, table A1)."""
+    on_corrupt: str = "stop"
+    """At a line or file that cannot be read, `stop` or `skip` it: a line singly, a broken file as a whole; both are
+    listed in the manifest."""
+    unit_megabytes: float = 64.0
+    """Input that is done at a time, in 10⁶ bytes; a compressed file is always done in one go."""
+    token_type: str = "uint32"
+    """Of the arrays that source `olmo` reads: `uint32`, or `uint16` as older ones have it."""
+
+    def validate(self) -> None:
+        """Raises `UserError` naming the first flag that cannot work."""
+        require_choice("--source", self.source, PREPARED_SOURCES)
+        require_choice("--format", self.format, FORMATS)
+        require_choice("--on_corrupt", self.on_corrupt, ON_CORRUPT)
+        require_choice("--token_type", self.token_type, TOKEN_TYPES)
+        require(bool(self.path), "--path is empty; give what to read: a file, a folder, or a glob in quotes.")
+        require(bool(self.out), "--out is empty; give a folder for the result.")
+        require(bool(self.text_field), "--text_field is empty; name the field that holds the text.")
+        require(bool(self.end_of_text), "--end_of_text is empty; name the token that ends a document.")
+        require(
+            0 < self.heldout_fraction < 1,
+            f"--heldout_fraction={self.heldout_fraction} must lie between 0 and 1, both excluded.",
+        )
+        require(self.heldout_documents >= 1, f"--heldout_documents={self.heldout_documents} must be at least 1.")
+        require(
+            self.heldout_bytes >= 4,
+            f"--heldout_bytes={self.heldout_bytes} cannot hold every character; give at least 4.",
+        )
+        require(self.min_characters >= 0, f"--min_characters={self.min_characters} is negative; 0 keeps any length.")
+        require(
+            self.max_characters == 0 or self.max_characters >= max(self.min_characters, 1),
+            f"--max_characters={self.max_characters} must be at least --min_characters={self.min_characters}, or 0 "
+            "for no limit.",
+        )
+        require(
+            0 <= self.max_duplicate_lines <= 1,
+            f"--max_duplicate_lines={self.max_duplicate_lines} is a share of a document and lies in 0..1; 1 keeps all.",
+        )
+        require(
+            0 < self.unit_megabytes <= 10_000,
+            f"--unit_megabytes={self.unit_megabytes} must be positive and at most 10000.",
+        )
+        for name in _unused_flags(self.source):
+            value, default = getattr(self, name), getattr(PrepareConfig(), name)
+            require(value == default, f"--{name}={value} does nothing with --source={self.source}; leave it out.")
+        require(
+            self.source != "olmo" or bool(self.tokenizer),
+            "--source=olmo needs --tokenizer: the tokenizer.json that made the arrays, whose --end_of_text ends their "
+            "documents.",
+        )
+
+
+def _unused_flags(source: str) -> tuple[str, ...]:
+    if source != "olmo":
+        return ("token_type", "text_field") if source == "text" else ("token_type",)
+    filters = ("dedup", "min_characters", "max_characters", "max_duplicate_lines", "on_corrupt")
+    return ("text_field", "format", "unit_megabytes", *filters)
 
 
 def _part(text: str) -> Part:

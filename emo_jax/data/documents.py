@@ -14,7 +14,12 @@ class Document(NamedTuple):
 
 def digest(text: str) -> bytes:
     """16 bytes of blake2b over the text's UTF-8 bytes: equal texts, and in practice only those, share it."""
-    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+    return digest_bytes(text.encode())
+
+
+def digest_bytes(data: bytes) -> bytes:
+    """16 bytes of blake2b over any bytes."""
+    return hashlib.blake2b(data, digest_size=16).digest()
 
 
 def heldout_by_digest(document_digest: bytes, fraction: float) -> bool:

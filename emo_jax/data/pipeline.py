@@ -1,38 +1,56 @@
 """Batches: an endless training stream that any number of processes sees alike, and the held-out rows once."""
 
+from __future__ import annotations
+
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import grain
 import numpy as np
 
 from emo_jax.data.config import DataConfig
 from emo_jax.data.packing import Rows, pack_rows, padding_share, row, row_domains
+from emo_jax.data.prepared import ShardRows, Shards, open_rows
 from emo_jax.data.store import Log, Split, TokenStore, silent
 from emo_jax.errors import require
 
 _PADDING = np.zeros((0, 2), np.int64)
-_READ_OPTIONS = grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)
+_NOTHING = Split(np.zeros(0, np.uint32), np.zeros(1, np.int64), np.zeros(0, np.int32))
+
+if TYPE_CHECKING:
+    import grain
+
+
+class _SplitRows:
+    """The rows of one split, as `ShardRows` has those of many."""
+
+    def __init__(self, split: Split, rows: Rows):
+        self._split, self._rows = split, rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, r: int) -> tuple[Split, np.ndarray]:
+        return self._split, self._rows[r]
 
 
 class _Batches:
-    """Batches of rows by index: rows of a split, -1 for a row of padding."""
+    """Batches of rows by index, -1 for a row of padding."""
 
     def __init__(
-        self, split: Split, rows: Rows, config: DataConfig, max_repetitions: int = 0, with_domains: bool = False
+        self, rows: _SplitRows | ShardRows, config: DataConfig, max_repetitions: int = 0, with_domains: bool = False
     ):
         self.rows = rows
-        self._split = split
         self._sequence_length, self._max_documents = config.sequence_length, config.max_documents
         self._max_repetitions = max_repetitions
         self._with_domains = with_domains
 
     def __call__(self, indices: list[int]) -> dict[str, np.ndarray]:
-        spans = [self.rows[r] if r >= 0 else _PADDING for r in indices]
-        read = [row(self._split, row_spans, self._sequence_length, self._max_repetitions) for row_spans in spans]
+        found = [self.rows[r] if r >= 0 else (_NOTHING, _PADDING) for r in indices]
+        read = [row(split, spans, self._sequence_length, self._max_repetitions) for split, spans in found]
         batch = {name: np.stack([values[name] for values in read]) for name in read[0]}
         if self._with_domains:
-            domains = [row_domains(self._split, row_spans, self._max_documents) for row_spans in spans]
+            domains = [row_domains(split, spans, self._max_documents) for split, spans in found]
             batch["document_domains"] = np.stack(domains)
         return batch
 
@@ -62,30 +80,28 @@ def train_batches(
     Raises:
       UserError: if there is nothing to train on.
     """
+    import grain  # brings JAX along, which nobody who writes tokens needs
+
     places = range(config.batch_size) if places is None else places
     require(len(store.train) > 0, f"{store.directory} has no training documents; give more text.")
-    parts = [_pack_part(store.train, start, stop, config) for _, start, stop in store.parts]
-    rows = Rows.join(parts)
-    batch = _Batches(store.train, rows, config, config.max_repetitions)
-    share = padding_share(rows, config.sequence_length)
-    log(f"Rows: {len(rows)} of {config.sequence_length} tokens, {config.packing}, {share:.1%} padding.")
-    ends = np.cumsum([len(part) for part in parts]).tolist()
+    parts, rows, padding = _train_rows(store, config)
+    batch = _Batches(rows, config, config.max_repetitions)
+    log(f"Rows: {len(rows)} of {config.sequence_length} tokens, {config.packing}, {padding:.1%} padding.")
     orders = [
-        grain.MapDataset.range(end - len(part), end).seed(config.shuffle_seed).shuffle().repeat()
-        for part, end in zip(parts, ends, strict=True)
+        grain.MapDataset.range(start, stop).seed(config.shuffle_seed).shuffle().repeat() for _, start, stop in parts
     ]
     order = orders[0]
     if len(orders) > 1:
         weights = [part.weight for part in config.parts()]
         order = grain.MapDataset.mix(orders, weights)  # which part comes next is a function of the place alone
-        for (name, _, _), part, weight in zip(store.parts, parts, weights, strict=True):
-            log(f"  {name}: {len(part)} rows, {weight / sum(weights):.1%} of a batch.")
+        for (name, start, stop), weight in zip(parts, weights, strict=True):
+            log(f"  {name}: {stop - start} rows, {weight / sum(weights):.1%} of a batch.")
 
     def read(k: int) -> dict[str, np.ndarray]:
         return batch([int(order[k * config.batch_size + place]) for place in places])
 
     batches = grain.MapDataset.range(sys.maxsize // config.batch_size).map(read)
-    return batches.to_iter_dataset(_READ_OPTIONS)
+    return batches.to_iter_dataset(grain.ReadOptions(num_threads=4, prefetch_buffer_size=8))
 
 
 def heldout_batches(
@@ -109,6 +125,8 @@ def heldout_batches(
     Raises:
       UserError: if there are no held-out documents.
     """
+    import grain
+
     places = range(batch_size) if places is None else places
     require(
         len(store.heldout) > 0,
@@ -116,7 +134,7 @@ def heldout_batches(
         "and build it anew.",
     )
     rows = pack_rows(store.heldout.offsets, config.sequence_length, config.max_documents, config.packing)
-    batch = _Batches(store.heldout, rows, config, with_domains=True)
+    batch = _Batches(_SplitRows(store.heldout, rows), config, with_domains=True)
     count = len(batch.rows)
 
     def read(k: int) -> dict[str, np.ndarray]:
@@ -147,14 +165,16 @@ def domain_batches(
         if start == stop:
             continue
         rows = _pack_part(split, start, min(stop, start + documents) if documents else stop, config)
-        batch = _Batches(split, rows, config, with_domains=True)
+        batch = _Batches(_SplitRows(split, rows), config, with_domains=True)
         firsts = range(0, len(rows), batch_size)
         batches[name] = [batch([r if r < len(rows) else -1 for r in range(i, i + batch_size)]) for i in firsts]
     return batches
 
 
-def first_documents(split: Split, domains: Sequence[str], documents: int = 0) -> Split:
+def first_documents(split: Split | Shards, domains: Sequence[str], documents: int = 0) -> Split:
     """The first so many documents of each domain (0: all), domain after domain, in memory."""
+    if isinstance(split, Shards):
+        return split.first_documents(len(domains), documents)
     order = np.argsort(split.domains, kind="stable")
     starts = np.searchsorted(split.domains[order], np.arange(len(domains)))
     place = np.arange(len(order)) - starts[split.domains[order]]
@@ -166,6 +186,26 @@ def first_documents(split: Split, domains: Sequence[str], documents: int = 0) ->
     offsets = np.cumsum([0, *map(len, spans)])
     answers = None if split.answers is None else split.answers[chosen]
     return Split(tokens, offsets, split.domains[chosen], answers)
+
+
+def count_train_rows(store: TokenStore, config: DataConfig) -> int:
+    """How many rows an epoch of `train_batches` has."""
+    return len(_train_rows(store, config)[1])
+
+
+def _train_rows(
+    store: TokenStore, config: DataConfig
+) -> tuple[list[tuple[str, int, int]], _SplitRows | ShardRows, float]:
+    """Name, first row and the one behind the last of each part; all rows; and their share of padding."""
+    train = store.train
+    if isinstance(train, Shards):
+        found = open_rows(train, store.directory, config)
+        return found.parts, found, 1 - len(train.tokens) / (len(found) * config.sequence_length)
+    packed = [_pack_part(train, start, stop, config) for _, start, stop in store.parts]
+    rows = Rows.join(packed)
+    ends = np.cumsum([len(part) for part in packed]).tolist()
+    parts = [(name, end - len(part), end) for (name, _, _), part, end in zip(store.parts, packed, ends, strict=True)]
+    return parts, _SplitRows(train, rows), padding_share(rows, config.sequence_length)
 
 
 def _pack_part(split: Split, start: int, stop: int, config: DataConfig) -> Rows:

@@ -6,8 +6,8 @@ import gzip
 import json
 import pathlib
 import zlib
-from collections.abc import Generator, Iterator
-from typing import Any
+from collections.abc import Generator, Iterator, Sequence
+from typing import IO, Any
 
 import zstandard
 
@@ -17,9 +17,10 @@ from emo_jax.data.installed import installed_documents
 from emo_jax.errors import UserError, require
 
 DEFAULT_DOMAIN = "text"
-_COMPRESSIONS = ("", ".gz", ".zst", ".zstd")
-_JSONL = tuple(kind + compression for kind in (".jsonl", ".json") for compression in _COMPRESSIONS)
-_TEXT = (".txt", ".md")
+COMPRESSED = (".gz", ".zst", ".zstd")
+JSONL = tuple(kind + compression for kind in (".jsonl", ".json") for compression in ("", *COMPRESSED))
+TEXT = (".txt", ".md")
+DAMAGE = (gzip.BadGzipFile, EOFError, zlib.error, zstandard.ZstdError)  # what a file that is cut off or not one raises
 _CHUNK = 1 << 20
 
 
@@ -58,7 +59,7 @@ def jsonl_documents(path: str, text_field: str = "text") -> Iterator[Document]:
       UserError: naming file and line of what is not JSON, not UTF-8, or lacks a text.
     """
     for value, where in _objects(path, text_field):
-        document = _document(value, where, text_field)
+        document = to_document(value, where, text_field)
         if document.text.strip():
             yield document
 
@@ -74,10 +75,10 @@ def example_documents(path: str) -> Iterator[Document]:
     """
     for value, where in _objects(path, "text"):
         if "prompt" not in value:
-            document = _document(value, where, "text")
+            document = to_document(value, where, "text")
         else:
-            prompt = _document(value, where, "prompt")
-            answer = _document(value, where, "answer")
+            prompt = to_document(value, where, "prompt")
+            answer = to_document(value, where, "answer")
             require(bool(answer.text), f"{where} has an empty answer, from which nothing can be learnt.")
             document = Document(prompt.text + answer.text, prompt.domain, len(prompt.text.encode()))
         if document.text.strip():
@@ -86,9 +87,9 @@ def example_documents(path: str) -> Iterator[Document]:
 
 def _objects(path: str, field: str) -> Iterator[tuple[dict[str, Any], str]]:
     """Yields each line's object and where it stands; `field` is named in the error about a line that is none."""
-    for file, _ in _find(path, _JSONL):
+    for file, _ in _find(path, JSONL):
         for number, line in _lines(file):
-            yield _parse(line, f"{file}:{number}", field), f"{file}:{number}"
+            yield parse_object(line, f"{file}:{number}", field), f"{file}:{number}"
 
 
 def tfds_documents(path: str, text_field: str = "text") -> Iterator[Document]:
@@ -102,29 +103,48 @@ def tfds_documents(path: str, text_field: str = "text") -> Iterator[Document]:
     Raises:
       UserError: if there is no such dataset, its format is not ArrayRecord, or an example lacks a text.
     """
+    examples = tfds_examples(path)
+    for number in range(len(examples)):
+        document = tfds_document(examples[number], f"{path}: train example {number}", text_field)
+        if document.text.strip():
+            yield document
+
+
+def tfds_examples(path: str) -> Sequence[dict[str, Any]]:
+    """The examples of a dataset's `train` split, read as they are asked for.
+
+    Args:
+      path: as in `tfds_documents`.
+
+    Raises:
+      UserError: if there is no such dataset, or its format is not ArrayRecord.
+    """
     import tensorflow_datasets as tfds  # takes more than a second
 
     folder = pathlib.Path(path).expanduser()
     try:
         if folder.is_dir() or "://" in path:
-            examples = tfds.builder_from_directory(path if "://" in path else folder).as_data_source(split="train")
-        else:
-            examples = tfds.data_source(path, split="train")
+            return tfds.builder_from_directory(path if "://" in path else folder).as_data_source(split="train")
+        return tfds.data_source(path, split="train")
     except Exception as error:  # of many kinds; the first line says what, the others list every dataset there is
         reason = str(error).strip().partition("\n")[0]
         raise UserError(
             f"data.path={path!r} gives no TensorFlow Datasets training split ({type(error).__name__}: {reason}); give "
             "the folder with its dataset_info.json, prepared with file_format='array_record', or a name."
         ) from error
-    for number in range(len(examples)):
-        where = f"{path}: train example {number}"
-        try:
-            example = {k: v.decode() if isinstance(v, bytes) else v for k, v in examples[number].items()}
-        except UnicodeDecodeError as error:
-            raise UserError(f"{where} is not UTF-8 ({error.reason} at byte {error.start}).") from error
-        document = _document(example, where, text_field)
-        if document.text.strip():
-            yield document
+
+
+def tfds_document(example: dict[str, Any], where: str, text_field: str) -> Document:
+    """The text and the domain of an example.
+
+    Raises:
+      UserError: beginning with `where`, as `to_document` does, or where a feature is not UTF-8.
+    """
+    try:
+        value = {k: v.decode() if isinstance(v, bytes) else v for k, v in example.items()}
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where} is not UTF-8 ({error.reason} at byte {error.start}).") from error
+    return to_document(value, where, text_field)
 
 
 def text_documents(path: str) -> Iterator[Document]:
@@ -136,7 +156,7 @@ def text_documents(path: str) -> Iterator[Document]:
     Raises:
       UserError: if there is no such file, or one is not UTF-8.
     """
-    for file, domain in _find(path, _TEXT):
+    for file, domain in _find(path, TEXT):
         try:
             text = file.read_bytes().decode("utf-8-sig")
         except FileNotFoundError as error:
@@ -170,36 +190,59 @@ def _find(path: str, suffixes: tuple[str, ...]) -> Iterator[tuple[pathlib.Path, 
 
 def _lines(file: pathlib.Path) -> Iterator[tuple[int, bytes]]:
     """Yields numbered lines that are not blank, decompressed by the file's suffix."""
-    openers: dict[str, Any] = {".gz": gzip.open, ".zst": _zstandard_lines, ".zstd": _zstandard_lines}
     try:
-        with contextlib.closing(openers.get(file.suffix, open)(file, "rb")) as lines:
+        with file.open("rb") as opened, contextlib.closing(decompressed_lines(opened, file.suffix)) as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     yield number, line
     except FileNotFoundError as error:
         raise UserError(f"{file} was there and has gone while it was read; put it back and run again.") from error
-    except (gzip.BadGzipFile, EOFError, zlib.error, zstandard.ZstdError) as error:
+    except DAMAGE as error:
         raise UserError(f"{file} is damaged or not what its suffix says ({error}); fetch it again.") from error
 
 
-def _zstandard_lines(file: pathlib.Path, mode: str) -> Generator[bytes]:
+def decompressed_lines(file: IO[bytes], suffix: str) -> Generator[bytes]:
+    """Yields the lines of an open file, decompressed as its suffix says.
+
+    Raises:
+      Exception: one of `DAMAGE`, where the file is cut off or not compressed so.
+    """
+    if suffix in (".zst", ".zstd"):
+        yield from _zstandard_lines(file)
+    elif suffix == ".gz":
+        with gzip.open(file) as lines:
+            yield from lines
+    else:
+        yield from file
+
+
+def _zstandard_lines(compressed: IO[bytes]) -> Generator[bytes]:
     """Yields lines; unlike the library's own reader it notices a file that was cut off."""
     decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
     stream, line = decompressor.decompressobj(), b""
-    with file.open(mode) as compressed:
-        while data := compressed.read(_CHUNK):
-            while data:
-                if stream.eof:
-                    stream = decompressor.decompressobj()
-                *lines, line = (line + stream.decompress(data)).split(b"\n")
-                yield from lines
-                data = stream.unused_data if stream.eof else b""
+    while data := compressed.read(_CHUNK):
+        while data:
+            if stream.eof:
+                stream = decompressor.decompressobj()
+            *lines, line = (line + stream.decompress(data)).split(b"\n")
+            yield from lines
+            data = stream.unused_data if stream.eof else b""
     if not stream.eof:
         raise EOFError("it ends in the middle of a frame")
     yield line
 
 
-def _parse(line: bytes, where: str, text_field: str) -> dict[str, Any]:
+def parse_object(line: bytes, where: str, text_field: str) -> dict[str, Any]:
+    """A line's object.
+
+    Args:
+      line: as it stands in the file.
+      where: file and line, which an error begins with.
+      text_field: named in the error about a line that is no object.
+
+    Raises:
+      UserError: where it is not UTF-8, or not a JSON object.
+    """
     try:
         value = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -210,7 +253,17 @@ def _parse(line: bytes, where: str, text_field: str) -> dict[str, Any]:
     return value
 
 
-def _document(value: Any, where: str, text_field: str) -> Document:
+def to_document(value: Any, where: str, text_field: str) -> Document:
+    """The text and the domain of an object.
+
+    Args:
+      value: a JSON object or an example.
+      where: an error begins with it.
+      text_field: the field that holds the text.
+
+    Raises:
+      UserError: where there is no text, no name of a domain, or what no encoding can hold.
+    """
     text, domain = value.get(text_field), value.get("domain", DEFAULT_DOMAIN)
     found = ", ".join(map(repr, value)) or "none"
     require(isinstance(text, str), f"{where} has no string field {text_field!r}; its fields are {found}.")

@@ -10,7 +10,7 @@ import os
 import pathlib
 import shutil
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -20,6 +20,9 @@ from emo_jax.data.sources import read_documents
 from emo_jax.data.spool import Spool
 from emo_jax.data.tokenizer import encode, load_tokenizer, train_tokenizer
 from emo_jax.errors import UserError, require
+
+if TYPE_CHECKING:
+    from emo_jax.data.prepared import Shards
 
 FORMAT_VERSION = 1
 _SPLITS = ("train", "heldout")
@@ -36,6 +39,7 @@ _CONTENT_FIELDS = (
     "shuffle_seed",
     "mixture",
 )
+_PREPARED_FIELDS = ("source", "path", "tokenizer", "end_of_text")  # a prepared folder has decided the others
 _TOKENIZER_BYTES = 10_000_000  # text that a tokenizer is trained on; more changes its merges little
 _ENCODE_BYTES = 2_000_000  # text that is tokenized at a time
 _HASH_BYTES = 1 << 22
@@ -86,7 +90,9 @@ class TokenStore:
 
     @property
     def parts(self) -> list[tuple[str, int, int]]:
-        """Name, first training document and the one behind the last, of each part of the mixture."""
+        """Name, first training document (or shard) and the one behind the last, of each part of the mixture."""
+        if not isinstance(self.train, Split):
+            return self.train.parts
         return [tuple(part) for part in self.manifest.get("parts", [["", 0, len(self.train)]])]
 
     @property
@@ -115,8 +121,12 @@ class TokenStore:
         return load_tokenizer(self.tokenizer_path, settings["end_of_text"], settings["vocab_size"])
 
     @functools.cached_property
-    def train(self) -> Split:
-        """Training documents, shuffled within each part of the mixture."""
+    def train(self) -> "Split | Shards":
+        """Training documents, shuffled within each part of the mixture; of prepared folders their shards."""
+        if "prepared" in self.manifest:
+            from emo_jax.data.prepared import Shards
+
+            return Shards(self.manifest["prepared"], self.domains)
         return self._split("train")
 
     @functools.cached_property
@@ -159,7 +169,7 @@ def prepare_store(
       UserError: if `directory` holds a store made with other settings, or something else.
     """
     directory = _local(directory)
-    with _lock(directory):
+    with locked(directory):
         if not directory.exists() or not any(directory.iterdir()):
             return build_store(config, vocab_size, directory, log)
     store = open_store(directory)
@@ -185,6 +195,10 @@ def open_store(directory: str | os.PathLike[str]) -> TokenStore:
     path = directory / "manifest.json"
     require(path.is_file(), f"{directory} is not a token store: it has no manifest.json. Give another folder.")
     manifest = json.loads(path.read_text())
+    require(
+        "shards" not in manifest,
+        f"{directory} is a prepared folder, not a token store: give it as data.path, with data.source=tokens.",
+    )
     version = manifest.get("format_version")
     require(
         version == FORMAT_VERSION,
@@ -226,6 +240,11 @@ def build_store(
 
 
 def _write(config: DataConfig, vocab_size: int, directory: pathlib.Path, log: Log) -> None:
+    if config.parts()[0].source == "tokens":
+        from emo_jax.data.prepared import write_prepared_store
+
+        write_prepared_store(config, vocab_size, directory, _settings(config, vocab_size), log)
+        return
     log(f"Reading {config.source} {config.path}".rstrip() + " ...")
     texts_path = directory / "texts"
     spool = Spool(
@@ -368,7 +387,8 @@ def _fingerprint(directory: pathlib.Path) -> str:
 
 
 def _settings(config: DataConfig, vocab_size: int) -> dict[str, Any]:
-    settings = {name: getattr(config, name) for name in _CONTENT_FIELDS} | {"vocab_size": vocab_size}
+    fields = _PREPARED_FIELDS if config.parts()[0].source == "tokens" else _CONTENT_FIELDS
+    settings = {name: getattr(config, name) for name in fields} | {"vocab_size": vocab_size}
     # Weights choose rows, not tokens.
     return settings | {"mixture": [[part.name, part.source, part.path] for part in config.parts() if part.name]}
 
@@ -382,7 +402,7 @@ def _local(directory: str | os.PathLike[str]) -> pathlib.Path:
 
 
 @contextlib.contextmanager
-def _lock(directory: pathlib.Path) -> Iterator[None]:
+def locked(directory: pathlib.Path) -> Iterator[None]:
     """Held by one process of this machine at a time; the system releases it when a process dies."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     with directory.with_name(f".{directory.name}.lock").open("w") as file:

@@ -55,6 +55,16 @@ def wait() -> None:
         _client().wait_at_barrier(f"emo_jax/wait/{next(_count)}", _FOREVER_MS)
 
 
+@contextlib.contextmanager
+def first_alone() -> Iterator[None]:
+    """Process 0 does what is inside before all others do, who then find what it has made, where they see it."""
+    if not first():
+        wait()
+    yield
+    if first():
+        wait()
+
+
 def agree(values: dict[str, Any], remedy: str) -> None:
     """Checks that all processes have the same values, given as JSON; returns when all have told theirs.
 

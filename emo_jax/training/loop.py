@@ -93,7 +93,8 @@ def _train(
         (directory.home / "tokenizer.json").write_bytes(store.tokenizer_path.read_bytes())
     log(_summary(config, store, mesh))
     with contextlib.closing(Checkpoints(directory.home, config, store.tokenizer_hash)) as checkpoints:
-        batches = iter(train_batches(store, config.data, own_rows(mesh, config.data.batch_size), log))
+        with processes.first_alone():  # rows of prepared tokens are kept beside the store
+            batches = iter(train_batches(store, config.data, own_rows(mesh, config.data.batch_size), log))
         state = checkpoints.restore(mesh, batches, log)
         if state is None:
             params = None
@@ -136,12 +137,8 @@ def _prepare_run(config: Config, directory: RunDirectory, log: Callable[[str], N
 def _tokens(config: Config, directory: RunDirectory, log: Callable[[str], None]) -> TokenStore:
     """The run's tokens: made by process 0, and by those with a `data.cache_dir` of their own."""
     data = dataclasses.replace(config.data, tokenizer=config.tokenizer())
-    own = directory.in_bucket and not config.data.cache_dir  # a folder of each host
-    if not (processes.first() or own):
-        processes.wait()
-    store = prepare_store(data, config.model.vocab_size, config.data.cache_dir or directory.local / "data", log)
-    if processes.first() and not own:
-        processes.wait()
+    with processes.first_alone():
+        store = prepare_store(data, config.model.vocab_size, config.data.cache_dir or directory.local / "data", log)
     processes.agree(
         {"the tokens' fingerprint": store.fingerprint, "the tokenizer's hash": store.tokenizer_hash},
         "give all hosts the same text and tokenizer, or a data.cache_dir that they share.",
@@ -194,7 +191,8 @@ class _Run:
                     jax.profiler.start_trace(str(self.directory.local / "profile"))
                     self.profiling = True
                 with clock.waiting():
-                    batch = put_rows(next(batches), self.mesh, self.config.data.batch_size)
+                    rows = next(batches)
+                batch = put_rows(rows, self.mesh, self.config.data.batch_size)
                 with jax.transfer_guard("disallow"):
                     state, metrics = step_fn(state, batch)
                 if unread:
