@@ -82,7 +82,9 @@ def calibrate(
         kept = None
         if experts:
             sums = [measure(state, x, *given) for x, given in zip(streams, inputs, strict=True)]
-            total = [np.asarray(np.sum(parts, axis=0, dtype=np.float64)) for parts in zip(*jax.device_get(sums), strict=True)]
+            total = [
+                np.asarray(np.sum(parts, axis=0, dtype=np.float64)) for parts in zip(*jax.device_get(sums), strict=True)
+            ]
             result.append(Statistics(float(total[0]), *total[1:]))
             if choose is not None:
                 kept = Kept(jnp.asarray(choose(len(result) - 1, result[-1])), jnp.array(True))
