@@ -20,6 +20,7 @@ count=$1
 shift
 needs_run
 needs_python
+case $workdir in *://*) die "--workdir=$workdir is no folder, and logs go there too: --workdir=DIR." ;; esac
 
 gpus=0
 if [ "${JAX_PLATFORMS:-}" = cpu ]; then

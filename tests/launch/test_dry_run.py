@@ -120,6 +120,7 @@ def test_gke_gets_the_options_as_they_are(clone, environment):
         ("resume.sh", ["--pause=3", "true"], "which command"),
         ("processes.sh", RUN, "how many processes"),
         ("processes.sh", ["two", *RUN], "how many processes"),
+        ("processes.sh", ["2", "--config=c", "--workdir=gs://b/c", "--dry_run"], "--workdir=DIR"),
         ("slurm_gpu.sh", ["--nodes=", *RUN], "--nodes=VALUE"),
         ("slurm_gpu.sh", ["--dry_run"], "--config="),
         ("tpu_pod.sh", [], "watch, up, run"),
