@@ -27,6 +27,7 @@ setup(
         "optax>=0.2.6",
         "orbax-checkpoint>=0.11",
         "grain>=0.2.15",
+        "array_record>=0.8",  # what grain reads it with
         "tensorflow-datasets>=4.9.9",
         "tensorstore>=0.1.84",
         "etils[epath]>=1.12",

@@ -75,9 +75,9 @@ def _print_counts(manifest: dict) -> None:
     print(f"\n{'domain':<{width}}  {'documents':>12}  {'tokens':>15}  {'MB of text':>12}  {'held out':>9}")
     for name, count in [*train.items(), ("all", manifest["train"])]:
         kept = heldout[name] if name in heldout else manifest["heldout"]
+        size = f"{count['bytes'] / 1e6:,.1f}" if count["bytes"] else "unknown"  # of others' arrays
         print(
-            f"{name:<{width}}  {count['documents']:>12,}  {count['tokens']:>15,}  {count['bytes'] / 1e6:>12,.1f}  "
-            f"{kept['documents']:>9,}"
+            f"{name:<{width}}  {count['documents']:>12,}  {count['tokens']:>15,}  {size:>12}  {kept['documents']:>9,}"
         )
     dropped = {reason: sum(counts.values()) for reason, counts in manifest["dropped"].items()}
     print("Dropped: " + (", ".join(f"{count:,} {reason}" for reason, count in dropped.items()) or "nothing") + ".")
