@@ -7,6 +7,7 @@ import sys
 
 import jax
 import numpy as np
+import pytest
 
 
 def run(count, mesh):
@@ -24,6 +25,7 @@ def run(count, mesh):
     return [json.loads(output.splitlines()[-1]) for output in outputs]
 
 
+@pytest.mark.slow
 def test_processes_that_share_rows_take_the_step_of_one():
     mesh = {"context": 4}
     (whole,) = run(1, mesh)
