@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import numpy as np
+import psutil
 import pytest
 
 from tests.test_train import ROOT, command, corpus, environment, lines, metrics, wait_for_step  # noqa: F401
@@ -22,11 +23,8 @@ def start(count, workdir, corpus, **overrides):  # noqa: F811
 
 def member(script, index):
     """The pid of a process of the job."""
-    for child in subprocess.run(["pgrep", "-P", str(script.pid)], capture_output=True, text=True).stdout.split():
-        with open(f"/proc/{child}/environ") as file:
-            if f"JAX_PROCESS_ID={index}\0" in file.read():
-                return int(child)
-    raise LookupError(index)
+    children = psutil.Process(script.pid).children()
+    return next(child.pid for child in children if child.environ().get("JAX_PROCESS_ID") == str(index))
 
 
 def test_killed_and_preempted_it_goes_on_with_other_processes_as_if_undisturbed(corpus, tmp_path):  # noqa: F811
