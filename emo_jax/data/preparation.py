@@ -29,9 +29,9 @@ from emo_jax.data.files import (
     write_json,
 )
 from emo_jax.data.manifest import count_shards, read_manifest, write_heldout, write_manifest, write_mix
-from emo_jax.data.stages import SAMPLE_BYTES, STOPPED, WORK, HeldoutChoice, Job, load_end_token, work_file
+from emo_jax.data.stages import STOPPED, WORK, HeldoutChoice, Job, load_end_token, work_file
 from emo_jax.data.store import Log, silent
-from emo_jax.data.tokenizer import encode, load_tokenizer, train_tokenizer
+from emo_jax.data.tokenizer import SAMPLE_BYTES, encode, load_tokenizer, train_tokenizer
 from emo_jax.data.units import Unit, plan_units
 from emo_jax.errors import UserError, require
 

@@ -25,14 +25,13 @@ from emo_jax.data.deduplication import DigestWriter, duplicates_of, find_duplica
 from emo_jax.data.documents import Document, cut_points, digest, heldout_by_digest
 from emo_jax.data.files import new_file, open_file, read_json, read_range, write_bytes, write_json
 from emo_jax.data.shards import ShardWriter
-from emo_jax.data.tokenizer import encode, token_count
+from emo_jax.data.tokenizer import SAMPLE_BYTES, encode, token_count
 from emo_jax.data.units import BrokenFile, Corrupt, Input, Unit, lines_before, read_unit
 from emo_jax.errors import UserError
 
 WORK = ".work"
 STOPPED = f"{WORK}/stopped.json"
 """There once a worker met a mistake of the user's: the others do no further unit."""
-SAMPLE_BYTES = 10_000_000  # text that a tokenizer is trained on; more changes its merges little
 _SAMPLE_CHARACTERS = 20_000  # of a document
 _ENCODE_BYTES = 1_000_000  # text that is tokenized at a time; a longer document is tokenized in pieces
 _MAX_DOMAINS = 500  # of a unit: each has a file open

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from emo_jax.data.config import DataConfig
 from emo_jax.data.sources import read_documents
 from emo_jax.data.spool import Spool
-from emo_jax.data.tokenizer import encode, load_tokenizer, train_tokenizer
+from emo_jax.data.tokenizer import SAMPLE_BYTES, encode, load_tokenizer, train_tokenizer
 from emo_jax.errors import UserError, require
 
 if TYPE_CHECKING:
@@ -40,7 +40,6 @@ _CONTENT_FIELDS = (
     "mixture",
 )
 _PREPARED_FIELDS = ("source", "path", "tokenizer", "end_of_text")  # a prepared folder has decided the others
-_TOKENIZER_BYTES = 10_000_000  # text that a tokenizer is trained on; more changes its merges little
 _ENCODE_BYTES = 2_000_000  # text that is tokenized at a time
 _HASH_BYTES = 1 << 22
 
@@ -321,7 +320,7 @@ def _choose_heldout(spool: Spool, pieces: np.ndarray, most: int) -> np.ndarray:
 
 
 def _sample(spool: Spool, pieces: np.ndarray) -> Iterator[str]:
-    few = np.searchsorted(np.cumsum(spool.sizes[pieces]), _TOKENIZER_BYTES) + 1
+    few = np.searchsorted(np.cumsum(spool.sizes[pieces]), SAMPLE_BYTES) + 1
     for _, texts in spool.batches(pieces[:few], _ENCODE_BYTES):
         yield from texts
 

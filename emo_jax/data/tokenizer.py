@@ -7,6 +7,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from emo_jax.errors import UserError, require
 
+SAMPLE_BYTES = 10_000_000
+"""Text that a tokenizer is trained on; more changes its merges little."""
 _BYTES = 256
 _END_HINTS = ("end", "eos", "eot", "</s>")
 

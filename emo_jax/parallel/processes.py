@@ -29,6 +29,11 @@ LOST_AFTER = 45.0
 INTERVAL = 1.0
 """Seconds between signs of life."""
 
+
+class OwnError(Exception):
+    """An error whose cause is certain to lie here, and which a new start mends: nobody else's is waited for."""
+
+
 _VARIABLES = {
     "coordinator_address": "JAX_COORDINATOR_ADDRESS",
     "num_processes": "JAX_NUM_PROCESSES",
@@ -150,7 +155,6 @@ def _join() -> None:
             "process 0's host.",
         )
         arguments["cluster_detection_method"] = "deactivate"
-    if explicit:
         print(f"Process {index} of {count} meets the others at {given['coordinator_address']} ...", flush=True)
     try:
         jax.distributed.initialize(**arguments)
@@ -194,6 +198,8 @@ class _Watch:
             status, text = 2, str(error)
         elif isinstance(error, KeyboardInterrupt):
             status, text = 130, "interrupted"
+        elif isinstance(error, OwnError):
+            status, text = 1, str(error)
         elif isinstance(error, SystemExit):
             status, text = int(error.code or 0), f"ended with status {error.code}"
         else:

@@ -83,7 +83,7 @@ class Checkpoints:
 
         Raises:
           UserError: where the checkpoint is of another format or tokenizer, or all of them are damaged.
-          DamagedError: where one of several processes met a damaged one.
+          processes.OwnError: where one of several processes met a damaged one.
         """
         start = iterator.get_state()
         steps = sorted(self._manager.all_steps(), reverse=True)
@@ -102,9 +102,9 @@ class Checkpoints:
                 if processes.several():
                     with contextlib.suppress(FileNotFoundError):  # another process may have met the damage as well
                         self._move(step, aside)
-                    raise DamagedError(
+                    raise processes.OwnError(
                         f"{what} and lies in {aside} now. The same command goes on without it."
-                    ) from None
+                    ) from error
                 self._manager.close()
                 self._move(step, aside)
                 self._manager = self._open()
