@@ -73,19 +73,20 @@ class MixtureOfExperts(nnx.Module):
           implementation: of `kernels.experts`.
           kept: a subset of the experts, or None for all.
         """
-        routing = route(
-            self.router_logits(x_BSD, mesh),
-            document_ids_BS,
-            choices=self.config.num_choices,
-            normalize=self.config.normalize_top_k,
-            pool=pool,
-            size_BG=draws.size_BLG[:, layer] if draws else None,
-            seed_BG2=draws.seed_BLG[:, layer] if draws else None,
-            voters_BS=voters_BS,
-            documents=documents,
-            kept=kept,
-            always_active=self.always_active,
-        )
+        with jax.named_scope("router"):
+            routing = route(
+                self.router_logits(x_BSD, mesh),
+                document_ids_BS,
+                choices=self.config.num_choices,
+                normalize=self.config.normalize_top_k,
+                pool=pool,
+                size_BG=draws.size_BLG[:, layer] if draws else None,
+                seed_BG2=draws.seed_BLG[:, layer] if draws else None,
+                voters_BS=voters_BS,
+                documents=documents,
+                kept=kept,
+                always_active=self.always_active,
+            )
 
         weights = [w[...] for w in (self.routed.gate, self.routed.up, self.routed.down)]
         implementation = implementation or best_implementation(routing.indices_BSC.size, len(weights[0]))
@@ -94,7 +95,9 @@ class MixtureOfExperts(nnx.Module):
         compute = functools.partial(routed_experts, implementation=implementation)
         dispatched = self.config.remat in ("none", "exchange")
         run = map_experts(compute, mesh, exchange or MeshConfig(), keep_dispatched=dispatched)
-        y_BSD, load = run(x_BSD, routing.indices_BSC, routing.weights_BSC, *weights)
+        with jax.named_scope("experts"):
+            y_BSD, load = run(x_BSD, routing.indices_BSC, routing.weights_BSC, *weights)
         if self.config.num_shared_experts:
-            y_BSD += jnp.where(document_ids_BS[..., None] > 0, self.shared(x_BSD, mesh), 0)
+            with jax.named_scope("shared"):
+                y_BSD += jnp.where(document_ids_BS[..., None] > 0, self.shared(x_BSD, mesh), 0)
         return y_BSD, routing._replace(load_NC=load)

@@ -51,7 +51,8 @@ class Block(nnx.Module):
         if hasattr(self, "moe"):
             y_BSD, decided = self.moe(read_BSD, document_ids_BS, mesh=mesh, **routing)
         else:
-            y_BSD = self.ffn(read_BSD, mesh)
+            with jax.named_scope("dense"):
+                y_BSD = self.ffn(read_BSD, mesh)
         return x_BSD + self._norm(y_BSD, self.ffn_norm, self.post), decided, seen
 
     def attend(
@@ -64,7 +65,8 @@ class Block(nnx.Module):
     ) -> tuple[jax.Array, jax.Array, KeyValues]:
         """The residual stream after attention, what the feed-forward reads of it, and what later tokens attend to."""
         read_BSD = self._norm(x_BSD, self.attention_norm, not self.post)
-        y_BSD, seen = self.attention(read_BSD, document_ids_BS, positions_BS, past, mesh)
+        with jax.named_scope("attention"):
+            y_BSD, seen = self.attention(read_BSD, document_ids_BS, positions_BS, past, mesh)
         x_BSD = x_BSD + self._norm(y_BSD, self.attention_norm, self.post)
         return x_BSD, self._norm(x_BSD, self.ffn_norm, not self.post), seen
 
@@ -138,7 +140,8 @@ class Transformer(nnx.Module):
           to, one a layer (the cache of `past`, where there is one, with this token's).
         """
         pool = None if pool is None or pool.kind == "none" else pool
-        x_BSD = lookup(self.embedding[...], tokens_BS, self.config.dtype, mesh)
+        with jax.named_scope("embedding"):
+            x_BSD = lookup(self.embedding[...], tokens_BS, self.config.dtype, mesh)
         routings: list[Routing] = []
         seen: list[KeyValues] = []
         graphs, states = zip(*(nnx.split(block) for block in self.layers.values()), strict=True)
@@ -161,8 +164,9 @@ class Transformer(nnx.Module):
                 "kept": kept[len(routings)] if kept is not None else None,
             }
 
-            def run(state, x_BSD, draws, graph=graph, context=context):
-                return nnx.merge(graph, state)(x_BSD, document_ids_BS, positions_BS, draws=draws, **context)
+            def run(state, x_BSD, draws, graph=graph, context=context, name=f"layer_{i:02d}"):
+                with jax.named_scope(name):  # for profiles, and for plans of what a step holds
+                    return nnx.merge(graph, state)(x_BSD, document_ids_BS, positions_BS, draws=draws, **context)
 
             if self.config.remat != "none" or spread:
                 run = jax.checkpoint(run, policy=REMAT[self.config.remat])

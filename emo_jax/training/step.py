@@ -130,9 +130,9 @@ def make_gradients(
             exchange=config.mesh,
             implementation=implementation,
         )
-        language = language_loss(
-            hidden_BSD, model.head[...], batch["targets"], batch["loss_mask"], config.train.logits_z_weight, mesh
-        )
+        weight = config.train.logits_z_weight
+        with jax.named_scope("loss"):
+            language = language_loss(hidden_BSD, model.head[...], batch["targets"], batch["loss_mask"], weight, mesh)
         return Sums(language, tuple(r.totals for r in routings), tuple(r.load_NC for r in routings))
 
     def split(rows: tuple[Batch, PoolDraws | None]) -> tuple[Batch, PoolDraws | None]:
@@ -254,7 +254,8 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
         grads, metrics = gradients(state.params, batch, state.step)
         part = trained(config.optimizer, state.params)
-        updates, opt_state = optimizer.update(grads, state.opt_state, part)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, part)
         take, guard = judge(config.train, state.guard, metrics["loss"], metrics["grad_norm"])
         metrics["learning_rate"] = schedule(state.guard.accepted)
         metrics |= {"skipped": guard.skipped, "skipped_in_row": guard.skipped_in_row}
