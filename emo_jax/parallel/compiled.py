@@ -15,7 +15,12 @@ from jax.sharding import Mesh
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "f64": 8}
 
+_FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "conditional", "after-all"}
+_FREE |= {"async-start", "async-update"}
+"""Operations that move nothing: their arrays are where they were, or their bodies are counted."""
 _ARRAY = re.compile(r"\b(pred|bf16|[suf]\d+)\[([\d,]*)\]")
+_GOES_ON = "async_collective_fusion"
+_PLACED = re.compile(r"\b(pred|bf16|[suf]\d+)\[([\d,]*)\](\{[^}]*\})?")
 _OP = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*)$")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \((.*)\) -> .*\{$")
 _CALLED = re.compile(r"(?:calls|to_apply|body|called_computations|async_execution_thread)=\{?%?([\w.-]+)")
@@ -49,11 +54,15 @@ class Products(NamedTuple):
 def collectives(hlo: str, mesh: Mesh) -> list[Collective]:
     """All collectives of a compiled step, but those that move no more than 4 KiB in one run."""
     groups = _axis_groups(mesh)
+    operations = list(_operations(hlo))
+    callers = {called: op.name for op in operations if op.kind == "fusion" for called in _CALLED.findall(op.text)}
     found = []
-    for op in _operations(hlo):
+    for op in operations:
         kind = op.kind.removesuffix("-start")
         if kind not in COLLECTIVES or op.kind.endswith("-done"):
             continue
+        if callers.get(op.within, "").startswith("async-collective-done") or op.within.startswith(_GOES_ON):
+            continue  # of one that was counted where it starts
         axes = _axes(op.text, mesh, groups)
         members = math.prod(mesh.shape[axis] for axis in axes) if axes != ("?",) else mesh.size
         result = op.result.split(", u32[]")[0] if op.kind.endswith("-start") else op.result
@@ -76,18 +85,119 @@ def products(hlo: str) -> Products:
     dense = grouped = 0.0
     for op in _operations(hlo):
         if op.kind in ("dot", "convolution"):
-            left, right = (math.prod(_shape(shape)) for _, shape in op.operands[:2])
-            out = math.prod(_result(op))
-            batch = math.prod(_batch(op))
-            # out = batch·m·n, left = batch·m·k, right = batch·k·n
-            dense += op.times * 2 * out * math.sqrt(left * right / (out * batch))
-        elif op.kind == "custom-call" and op.name.startswith("ragged-dot") and "metadata" not in op.name:
-            given = _ARRAY.findall(op.text.split("operand_layout_constraints={")[1].split("}}")[0])
-            a, b = (_shape(shape) for _, shape in given[-2:])
-            rows, width = a
-            other = b[1] if len(_result(op)) == 3 else b[2]
-            grouped += op.times * 2 * rows * width * other
+            dense += op.times * _product(op)
+        elif _is_grouped(op):
+            grouped += op.times * _grouped(op)
     return Products(dense, grouped)
+
+
+def _product(op: "_Operation") -> float:
+    """FLOPs of a dot or a convolution."""
+    left, right = (math.prod(_shape(shape)) for _, shape in op.operands[:2])
+    out, batch = math.prod(_result(op)), math.prod(_batch(op))
+    # out = batch·m·n, left = batch·m·k, right = batch·k·n
+    return 2 * out * math.sqrt(left * right / (out * batch)) if out else 0.0
+
+
+def _is_grouped(op: "_Operation") -> bool:
+    return op.kind == "custom-call" and op.name.startswith("ragged-dot") and "metadata" not in op.name
+
+
+def _grouped(op: "_Operation") -> float:
+    """FLOPs of a grouped product, over all its rows."""
+    given = _ARRAY.findall(op.text.split("operand_layout_constraints={")[1].split("}}")[0])
+    a, b = (_shape(shape) for _, shape in given[-2:])
+    rows, width = a
+    return 2 * rows * width * (b[1] if len(_result(op)) == 3 else b[2])
+
+
+class Work(NamedTuple):
+    """Of one operation, fused or not, in all its runs of a step.
+
+    Attributes:
+      name: where it comes from, such as `jit(train_step)/jvp(layer_03)/experts/…`; else its own.
+      flops: of its matrix products; six times as many for those in float32, which a TPU makes of bfloat16 ones.
+      grouped: whether they are of groups of rows, of which kernels visit those that have tokens alone.
+      traffic: bytes that it reads from HBM and writes there.
+    """
+
+    name: str
+    flops: float
+    grouped: bool
+    traffic: float
+
+
+def work(hlo: str) -> list[Work]:
+    """What a compiled step's operations do, one after another; attention kernels have no FLOPs here.
+
+    What lies in a faster memory costs no bytes, and of a slice or a gather only what is taken. Arrays that a kernel
+    reads more than once, or in part, count once and whole.
+    """
+    operations = list(_operations(hlo))
+    bodies: dict[str, list[_Operation]] = {}
+    for op in operations:
+        bodies.setdefault(op.within, []).append(op)
+    fused = {called for op in operations if op.kind == "fusion" for called in _CALLED.findall(op.text)}
+    fused |= set(re.findall(r"to_apply=%?([\w.-]+)", hlo))
+    found = []
+    for op in operations:
+        if op.kind in _FREE or op.kind.endswith("-done") or op.within in fused or not op.times:
+            continue
+        flops = _flops(op)
+        if op.kind == "fusion":
+            body = bodies.get(_CALLED.findall(op.text)[0], [])
+            read, written = _fusion_bytes(op, body)
+            flops = sum(map(_flops, body))
+        elif op.kind in ("dynamic-slice", "gather", "slice"):
+            read = written = _hbm(op.result)
+        elif op.kind == "dynamic-update-slice":
+            read = written = _hbm(op.inputs[1])
+        elif op.kind.endswith("-start"):  # (operands, results, …): both, once
+            read, written = 0.0, _hbm(op.result)
+        else:
+            read, written = sum(map(_hbm, op.inputs)), _hbm(op.result)
+        named = re.search(r'op_name="([^"]*)"', op.text)
+        name = named[1] if named else op.name
+        found.append(Work(name, op.times * flops, _is_grouped(op), op.times * (read + written)))
+    return found
+
+
+def _flops(op: "_Operation") -> float:
+    if op.kind in ("dot", "convolution"):
+        return _product(op) * (6 if "operand_precision={highest" in op.text else 1)
+    return _grouped(op) if _is_grouped(op) else 0.0
+
+
+def _fusion_bytes(fusion: "_Operation", body: "list[_Operation]") -> tuple[float, float]:
+    """Read and written by a fusion, given the operations inside."""
+    read, written = 0.0, _hbm(fusion.result)
+    parameters = {op.name: op for op in body if op.kind == "parameter"}
+    for name, parameter in parameters.items():
+        index = int(re.findall(r"parameter\((\d+)\)", parameter.text)[0])
+        size = _hbm(fusion.inputs[index]) if index < len(fusion.inputs) else 0.0
+        users = [op for op in body if name in op.given]
+        if (
+            size
+            and users
+            and all(op.kind in ("dynamic-slice", "gather", "slice") and op.given[0] == name for op in users)
+        ):
+            size = min(size, sum(_size(op.result) for op in users))
+        elif size and users and all(op.kind == "dynamic-update-slice" and op.given[0] == name for op in users):
+            size = 0.0  # written in place
+        read += size
+    for op in body:
+        if op.kind == "dynamic-update-slice" and op.text.lstrip().startswith("ROOT"):
+            written = min(written, _size(op.inputs[1]))
+    return read, written
+
+
+def _hbm(types: str) -> float:
+    """Bytes of those arrays that lie in HBM: others name another memory space."""
+    return sum(_bytes(dtype, shape) for dtype, shape, layout in _PLACED.findall(types) if "S(" not in layout)
+
+
+def _size(types: str) -> float:
+    return sum(_bytes(dtype, shape) for dtype, shape in _ARRAY.findall(types))
 
 
 class _Operation(NamedTuple):
@@ -95,9 +205,15 @@ class _Operation(NamedTuple):
     result: str
     kind: str
     text: str
-    operands: list[tuple[str, str]]
+    given: list[str]
+    inputs: list[str]
     times: int
     within: str
+
+    @property
+    def operands(self) -> list[tuple[str, str]]:
+        """Dtype and shape of each argument that is one array."""
+        return [(found[1], found[2]) for kind in self.inputs if (found := _ARRAY.search(kind))]
 
 
 def _operations(hlo: str) -> Iterator[_Operation]:
@@ -133,9 +249,23 @@ def _operations(hlo: str) -> Iterator[_Operation]:
             if not (match := _OP.match(line)):
                 continue
             types[match[1]] = match[2]
-            given = [types.get(operand, "") for operand in re.findall(r"%([\w.-]+)", match[4].split("), ")[0])]
-            operands = [(found[1], found[2]) for kind in given if (found := _ARRAY.search(kind))]
-            yield _Operation(match[1], match[2], match[3], line, operands, times[name], name)
+            references = re.findall(r"%([\w.-]+)(?:#(\d+))?", match[4].split("), ")[0])
+            given = [operand for operand, _ in references]
+            inputs = [_element(types.get(operand, ""), index) for operand, index in references]
+            yield _Operation(match[1], match[2], match[3], line, given, inputs, times[name], name)
+
+
+def _element(types: str, index: str) -> str:
+    """The type of one element of a tuple, which dumps write as `%tuple#2`; the type itself without an index."""
+    if not index:
+        return types
+    parts, depth, start = [], 0, 1
+    for place, character in enumerate(types):
+        depth += (character in "([{") - (character in ")]}")
+        if (character == "," and depth == 1) or (character == ")" and depth == 0):
+            parts.append(types[start:place])
+            start = place + 1
+    return parts[int(index)] if int(index) < len(parts) else ""
 
 
 def _length(loop: str, condition: list[str]) -> int:

@@ -109,9 +109,7 @@ def map_experts(
         x_BSD: jax.Array, indices_BSC: jax.Array, weights_BSC: jax.Array, *experts: jax.Array
     ) -> tuple[jax.Array, jax.Array | None]:
         routed, widths = len(experts[0]), (1, 1, 2)  # where D is in gate, up and down
-        slots = -(-routed // ranks) * ranks
-        regrouped = -(-routed // shards) * shards
-        slots = regrouped if regrouped <= 1.125 * routed else slots
+        slots = expert_slots(routed, ranks, shards)
         # Spare experts that no token chooses; a choice without an expert lies behind them.
         experts = tuple(jnp.pad(w, ((0, slots - routed), (0, 0), (0, 0))) for w in experts)
         indices_BSC = jnp.where(indices_BSC == routed, slots, indices_BSC)
@@ -129,6 +127,12 @@ def map_experts(
         return run(x_BSD, indices_BSC, weights_BSC, *experts)
 
     return mapped
+
+
+def expert_slots(routed: int, ranks: int, shards: int) -> int:
+    """Experts of a layer, spare ones included: as many on each rank, and a multiple of its shards where few are spare."""
+    regrouped = -(-routed // shards) * shards
+    return regrouped if regrouped <= 1.125 * routed else -(-routed // ranks) * ranks
 
 
 def buffer_size(choices: int, ranks: int, buffer: float) -> int:

@@ -63,7 +63,14 @@ def make_mesh(
       UserError: where the axes do not multiply to the devices, or do not divide the rows, their tokens or the experts.
     """
     devices = jax.devices() if devices is None else devices
-    n = len(devices)
+    sizes = mesh_sizes(config, len(devices), rows, length=length, experts=experts)
+    return Mesh(arrange(devices, sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def mesh_sizes(
+    config: MeshConfig, n: int, rows: int, *, length: int | None = None, experts: Sequence[int] = ()
+) -> dict[str, int]:
+    """The size of each axis over `n` devices; arguments and errors as in `make_mesh`."""
     sizes = {name: getattr(config, name) for name in AXES}
     divisors = [d for d in range(1, n + 1) if n % d == 0]
     for name, size in sizes.items():
@@ -90,7 +97,7 @@ def make_mesh(
         f"mesh.expert={sizes['expert']} ranks are more than the {fewest} routed experts of a layer; "
         f"try one of {[d for d in divisors if d <= fewest]}.",
     )
-    return Mesh(_arranged(devices, sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return sizes
 
 
 def _check_tokens(
@@ -117,7 +124,8 @@ def _nearest_divisors(n: int, total: int) -> str:
     return " or ".join(str(found[0]) for found in (below, above) if found)
 
 
-def _arranged(devices: Sequence[Any], sizes: dict[str, int]) -> np.ndarray:
+def arrange(devices: Sequence[Any], sizes: dict[str, int]) -> np.ndarray:
+    """Devices [data, fsdp, expert, context]; on TPUs, neighbours there are neighbours in the torus where it can be."""
     shape = tuple(sizes.values())
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if devices[0].platform != "tpu":

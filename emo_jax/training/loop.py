@@ -23,9 +23,10 @@ from emo_jax.errors import UserError, require
 from emo_jax.evaluation import HeldoutLoss, make_heldout_loss
 from emo_jax.model import active_parameters, flops_per_token, total_parameters
 from emo_jax.parallel import own_rows, processes, put_rows
+from emo_jax.parallel.chips import peak_flops
 from emo_jax.training.alarms import Alarms, message
 from emo_jax.training.checkpoints import Checkpoints, same_run, saved_steps
-from emo_jax.training.metrics import PEAK_FLOPS, MetricsLog, Progress, check_wandb, to_numbers
+from emo_jax.training.metrics import MetricsLog, Progress, check_wandb, to_numbers
 from emo_jax.training.run_directory import RunDirectory
 from emo_jax.training.start import check_origin, continue_run, initial_parameters
 from emo_jax.training.step import TrainState, init_state, make_train_step, run_mesh, state_shardings
@@ -246,7 +247,7 @@ class _Run:
             if expert_load is not None:
                 line["routing"]["expert_load"] = expert_load
         line["timing"] = {"tokens_per_second": rate, "seconds": clock.total, "data_wait": clock.wait_share}
-        peak = PEAK_FLOPS.get(self.mesh.devices.flat[0].device_kind)
+        peak = peak_flops(self.mesh.devices.flat[0].device_kind)
         if peak:
             flops = flops_per_token(self.config.model, self.config.data.sequence_length)
             line["timing"]["mfu"] = rate * flops / (peak * self.mesh.size)

@@ -16,20 +16,6 @@ from emo_jax.analysis import human, read_metrics
 from emo_jax.config import Config
 from emo_jax.errors import require
 
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "TPU7x": 2307e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12,
-}
-"""Dense bfloat16 operations a second by JAX device kind, from the makers' data sheets."""
-
 
 def to_numbers(tree: Any) -> Any:
     """Arrays of a metrics tree as Python numbers and lists: waits for the step that made them."""
