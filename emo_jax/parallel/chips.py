@@ -44,10 +44,10 @@ CHIPS = {
     "h100": Chip(("NVIDIA H100 80GB HBM3",), 989e12, 80 * GB, 3350 * GB, 450 * GB, 0, 0, 50 * GB, 1, 8, 8),
     "h200": Chip(("NVIDIA H200",), 989e12, 141 * GB, 4800 * GB, 450 * GB, 0, 0, 50 * GB, 1, 8, 8),
 }
-"""By the name that a topology begins with, as in `v5p:4x4x4`. TPUs: Google Cloud's documentation of each version; a link
-is the bandwidth that it gives a chip over its four or six ports and two directions, the network what it gives a chip or,
-for v5e, a pod of 256 (v4, for which it gives none, as v5e). Memory as libtpu's compiler has it: up to 1.25 GiB less than
-the chip's. GPUs: NVIDIA's data sheets (SXM), and one 400 Gb/s network card a GPU."""
+"""By the name that a topology begins with, as in `v5p:4x4x4`. TPUs: Google Cloud's documentation of each version; a
+link is the bandwidth that it gives a chip over its four or six ports and two directions, the network what it gives a
+chip or, for v5e, a pod of 256 (v4, for which it gives none, as v5e). Memory as libtpu's compiler has it: up to 1.25 GiB
+less than the chip's. GPUs: NVIDIA's data sheets (SXM), and one 400 Gb/s network card a GPU."""
 
 
 def peak_flops(device_kind: str) -> float | None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "f64": 8}
@@ -51,7 +51,7 @@ class Products(NamedTuple):
     grouped: float
 
 
-def collectives(hlo: str, mesh: Mesh) -> list[Collective]:
+def collectives(hlo: str, mesh: Mesh | AbstractMesh) -> list[Collective]:
     """All collectives of a compiled step, but those that move no more than 4 KiB in one run."""
     groups = _axis_groups(mesh)
     operations = list(_operations(hlo))
@@ -296,7 +296,7 @@ def _bytes(dtype: str, shape: str) -> int:
     return BYTES.get(dtype, 4) * math.prod(_shape(shape))
 
 
-def _axis_groups(mesh: Mesh) -> dict[frozenset[frozenset[int]], tuple[str, ...]]:
+def _axis_groups(mesh: Mesh | AbstractMesh) -> dict[frozenset[frozenset[int]], tuple[str, ...]]:
     """From groups of devices, numbered in mesh order, to the axes that they lie along; axes of one device left out."""
     axes = [axis for axis in mesh.axis_names if mesh.shape[axis] > 1]
     counts = range(1, len(axes) + 1)
@@ -316,7 +316,9 @@ def _as_groups(rows: np.ndarray | list[tuple[int, ...]]) -> frozenset[frozenset[
     return frozenset(frozenset(int(device) for device in row) for row in rows)
 
 
-def _axes(text: str, mesh: Mesh, groups: dict[frozenset[frozenset[int]], tuple[str, ...]]) -> tuple[str, ...]:
+def _axes(
+    text: str, mesh: Mesh | AbstractMesh, groups: dict[frozenset[frozenset[int]], tuple[str, ...]]
+) -> tuple[str, ...]:
     if named := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text):
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
         found = _along(sizes, re.findall(r"'(\w+)'", named[2]))
@@ -333,7 +335,7 @@ def _axes(text: str, mesh: Mesh, groups: dict[frozenset[frozenset[int]], tuple[s
     return groups.get(found, ("?",))
 
 
-def _permuted(pairs: list[tuple[str, str]], mesh: Mesh) -> tuple[str, ...]:
+def _permuted(pairs: list[tuple[str, str]], mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
     """The axes along which a sender and its receiver differ."""
     shape = tuple(mesh.shape.values())
     used = set()

@@ -130,7 +130,7 @@ def map_experts(
 
 
 def expert_slots(routed: int, ranks: int, shards: int) -> int:
-    """Experts of a layer, spare ones included: as many on each rank, and a multiple of its shards where few are spare."""
+    """Experts of a layer, spare ones included: as many on each rank, and a multiple of the shards if few are spare."""
     regrouped = -(-routed // shards) * shards
     return regrouped if regrouped <= 1.125 * routed else -(-routed // ranks) * ranks
 
