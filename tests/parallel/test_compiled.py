@@ -6,7 +6,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from emo_jax.parallel import MeshConfig, make_mesh
-from emo_jax.parallel.compiled import collectives, products
+from emo_jax.parallel.compiled import collectives, products, work
 from emo_jax.parallel.config import AXES
 
 N = 4096  # numbers of a device, enough to be listed
@@ -82,3 +82,63 @@ def test_products_are_counted_in_loops_and_with_batch_axes():
     found = products(jax.jit(fn).lower(*given).compile().as_text())
     assert found.grouped == 0
     np.testing.assert_allclose(found.dense, 2 * 3 * 16 * 8 * 4 + 5 * 2 * 3 * 16 * 8 * 8)
+
+
+def test_work_is_counted_once_a_fusion_and_by_slices_in_loops():
+    stack = np.ones((6, 64, 256), np.float32)
+
+    def fn(x, stack):
+        def body(x, i):
+            w = jax.lax.dynamic_index_in_dim(stack, i, keepdims=False)
+            return jnp.sin(x + w) * 2 + w, None
+
+        return jax.lax.scan(body, x, jnp.arange(6))[0] @ jnp.ones((256, 32))
+
+    given = jax.ShapeDtypeStruct((64, 256), jnp.float32), jax.ShapeDtypeStruct(stack.shape, jnp.float32)
+    found = work(jax.jit(fn).lower(*given).compile().as_text())
+    assert sum(op.flops for op in found) == 2 * 64 * 256 * 32
+    array = 64 * 256 * 4
+    least = 6 * 3 * array  # a slice and x in, x out
+    total = sum(op.traffic for op in found)
+    assert least <= total < 3 * least, "the whole stack, six times over, would be 36 arrays more"
+
+
+def test_a_collective_in_pieces_counts_where_it_starts():
+    hlo = """
+%start (p: f32[2048]) -> (f32[2048], f32[4096]) {
+  %p = f32[2048]{0} parameter(0)
+  ROOT %g1 = f32[4096]{0} all-gather(%p), channel_id=1, replica_groups=[1,2]<=[2], dimensions={0}
+}
+
+%async_collective_fusion.1 (q: f32[2048]) -> f32[4096] {
+  %q = f32[2048]{0} parameter(0)
+  ROOT %g2 = f32[4096]{0} all-gather(%q), channel_id=1, replica_groups=[1,2]<=[2], dimensions={0}
+}
+
+%done (r: f32[2048]) -> f32[4096] {
+  %r = f32[2048]{0} parameter(0)
+  ROOT %g3 = f32[4096]{0} all-gather(%r), channel_id=1, replica_groups=[1,2]<=[2], dimensions={0}
+}
+
+ENTRY %main (x: f32[2048]) -> f32[4096] {
+  %x = f32[2048]{0} parameter(0)
+  %async-collective-start.1 = (f32[2048]{0}, f32[4096]{0}) fusion(%x), kind=kCustom, calls=%start
+  %fusion.7 = f32[4096]{0} fusion(%async-collective-start.1#0), kind=kCustom, calls=%async_collective_fusion.1
+  ROOT %async-collective-done.1 = f32[4096]{0} fusion(%async-collective-start.1#0), kind=kCustom, calls=%done
+}
+"""
+    (one,) = collectives(hlo, AbstractMesh((1, 2, 1, 1), AXES))
+    assert (one.kind, one.axes, one.sent) == ("all-gather", ("fsdp",), 4096 * 4 / 2)
+
+
+def test_an_element_of_a_tuple_is_one_array():
+    hlo = """
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %pair = (f32[1024]{0:T(8,128)}, (f32[2]{0}, f32[4]{0}), f32[8]{0:T(8,128)S(1)}) custom-call(%x)
+  %y = f32[16]{0} negate(%pair#0)
+  ROOT %z = f32[8]{0} negate(%pair#2)
+}
+"""
+    moved = {op.name: op.traffic for op in work(hlo)}
+    assert moved["y"] == 4 * (1024 + 16)
+    assert moved["z"] == 4 * 8, "what lies in another memory space is not read from HBM"
