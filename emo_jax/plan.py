@@ -104,11 +104,21 @@ def _search(planner, run) -> int:
     except KeyboardInterrupt:
         print("\nStopped; what was compiled is kept, and the same command goes on from there.")
     ranked = [(one, found.get(id(one))) for one in fitting]
-    ranked.sort(key=lambda pair: pair[1] is not None and not pair[1].total)  # what turned out too big comes last
+    ranked.sort(key=lambda pair: _rank(pair, topology))
     print(search_text(_shown(ranked), topology, run))
     if _OUT.value:
         _write([plan_json(one, topology, compiled) for one, compiled in ranked[:50]])
     return 0
+
+
+def _rank(pair, topology) -> tuple[bool, float]:
+    """What turned out too big comes last; times of compiled programs where there are some."""
+    from emo_jax.planning.report import compiled_time, room
+
+    layout, compiled = pair
+    if compiled is None:
+        return False, layout.time.expected
+    return not 0 < compiled.total <= room(topology), compiled_time(layout, topology, compiled).expected
 
 
 def _apart(layouts, count):

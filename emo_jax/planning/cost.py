@@ -327,9 +327,14 @@ def _layer(s: _Shapes, experts: int) -> dict[str, float]:
             parts["rows on their way"] = s.choices * d * s.width
         elif s.kind == "ring":
             parts["rows on their way"] = (model.num_choices + 1) * s.ring_rows()
-    else:
+    elif s.kind == "here":
         parts["rows of experts"] = 2 * rows + hidden
         parts["weights of experts and their gradients"] = 5 / 3 * weights
+    else:
+        parts["rows of experts"] = 3 * (rows + hidden)
+        parts["weights of experts and their gradients"] = 2 * weights
+        if s.kind == "ring":
+            parts["rows on their way"] = (model.num_choices + 1) * s.ring_rows()
     return parts
 
 

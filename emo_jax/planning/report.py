@@ -12,7 +12,7 @@ from emo_jax.planning.search import Layout
 from emo_jax.planning.topology import Topology
 
 UNITS = {
-    "B": ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")),
+    "B": ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")),
     "FLOP": ((1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP")),
     "s": ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")),
 }
@@ -47,7 +47,7 @@ def header(layout: Layout, topology: Topology) -> str:
     mesh = " × ".join(f"{axis} {size}" for axis, size in layout.sizes.items() if size > 1) or "one device"
     rows = run.data.batch_size // run.train.microbatches // _row_groups(layout)
     device = "a chip" if topology.chip.devices == 1 else "a device (two a chip)"
-    experts = f", exchange {run.mesh.exchange}, {run.mesh.chunks} chunks" if run.model.routed_experts else ""
+    experts = f", exchange {layout.exchange}, {run.mesh.chunks} chunks" if run.model.routed_experts else ""
     return (
         f"{topology.name}{f' × {topology.slices} slices' if topology.slices > 1 else ''}: {topology.chips:,} chips as "
         f"{mesh}\n{rows} rows of {run.data.sequence_length} × {run.train.microbatches} microbatches {device}, "
@@ -178,7 +178,7 @@ def _time_lines(layout: Layout, topology: Topology, time: StepTime, compiled: Co
     lines += [
         f"  {human(rate)} tokens/s, {human(rate / topology.chips)} a chip",
         f"{run.train.steps:,} steps of {human(tokens)} tokens ({human(run.train.steps * tokens)} in all): "
-        f"{time.chip_hours:,.1f} chip-hours, {days:,.1f} days",
+        f"{time.chip_hours:,.{0 if time.chip_hours > 10 else 1}f} chip-hours, {days:,.1f} days",
         "Assumed:",
         *(f"  {line}" for line in ASSUMPTIONS),
     ]
@@ -199,10 +199,9 @@ def search_text(
         time = compiled_time(one, topology, compiled) if compiled and compiled.total else one.time
         mesh = "×".join(str(size) for size in one.sizes.values())
         rows = f"{run.data.batch_size // run.train.microbatches // _row_groups(one)}×{run.train.microbatches}"
-        measured = "" if compiled is None else f"{compiled.total / 1e9:.2f}" if compiled.total else "too big"
-        exchange = run.mesh.exchange if one.sizes["expert"] > 1 else "-"
+        measured = "" if compiled is None else _held(compiled, topology)
         lines.append(
-            f"{place:>3} {mesh:<25}{rows:>11} {run.model.remat:<9}{run.mesh.chunks:>6} {exchange:<11}"
+            f"{place:>3} {mesh:<25}{rows:>11} {run.model.remat:<9}{run.mesh.chunks:>6} {one.exchange:<11}"
             f"{one.cost.memory.total / 1e9:>8.2f}{measured:>9}{time.expected * 1e3:>8.0f}"
             f"{human(time.tokens_per_second):>10}{time.expected_mfu:>7.1%}  {time.bound}"
         )
@@ -211,6 +210,11 @@ def search_text(
         f"{place:>3} {one.flags(than) or '(the config as it is)'}" for place, (one, _) in enumerate(ranked[:shown], 1)
     ]
     return "\n".join(lines)
+
+
+def _held(compiled: Compiled, topology: Topology) -> str:
+    text = f"{compiled.total / 1e9:.2f}" if compiled.total else ""
+    return text if 0 < compiled.total <= room(topology) else f"{text}, too big".removeprefix(", ")
 
 
 def plan_json(layout: Layout, topology: Topology, compiled: Compiled | None) -> dict[str, Any]:

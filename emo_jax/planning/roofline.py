@@ -1,5 +1,6 @@
 """How long a step takes at the least, what holds it up, and what that makes of a token budget."""
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -50,6 +51,12 @@ class StepTime(NamedTuple):
     chip_hours: float
 
 
+def _whole_torus(topology: Topology, sizes: Mapping[str, int], axes: tuple[str, ...]) -> bool:
+    """Whether these axes span all of a torus: XLA then scatters by all-reduce, and on three dimensions gathers too."""
+    members = math.prod(sizes[axis] for axis in axes)
+    return topology.chip.torus > 0 and topology.slices == 1 and members == topology.devices > 8
+
+
 def step_time(
     run: Config,
     topology: Topology,
@@ -83,6 +90,8 @@ def step_time(
             continue
         along = wires(topology, mesh, sizes, axes)
         rate = along.cross if "all-to-all" in kind else along.ring
+        if busy is None and _whole_torus(topology, sizes, axes) and kind in ("reduce-scatter", "all-gather"):
+            rate /= 1 if kind == "all-gather" and topology.chip.torus == 2 else 2
         network[f"{kind} over {' × '.join(axes)}"] = size / rate
     busiest, waiting = sum(device.values()), sum(network.values())
     multiplying = sum(

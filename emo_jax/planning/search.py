@@ -12,6 +12,7 @@ from emo_jax.config import Config
 from emo_jax.errors import UserError
 from emo_jax.model.config import REMAT_POLICIES
 from emo_jax.parallel.config import AXES
+from emo_jax.parallel.exchange import best_exchange
 from emo_jax.parallel.sharding import arrange, mesh_sizes
 from emo_jax.planning.cost import Cost, estimate
 from emo_jax.planning.roofline import StepTime, step_time
@@ -56,6 +57,14 @@ class Layout(NamedTuple):
     def sizes(self) -> dict[str, int]:
         """Of the mesh axes."""
         return {axis: getattr(self.run.mesh, axis) for axis in AXES}
+
+    @property
+    def exchange(self) -> str:
+        """How tokens reach other ranks' experts: `ring`, `all_to_all`, or `none` where all experts are at hand."""
+        mesh = self.run.mesh
+        if mesh.expert == 1 or not self.run.model.routed_experts:
+            return "none"
+        return best_exchange(mesh.expert, self.run.model.num_choices) if mesh.exchange == "auto" else mesh.exchange
 
     def fits(self, topology: Topology, margin: float = 1.0) -> bool:
         """Whether it needs no more than this share of a device's memory."""
@@ -141,7 +150,8 @@ class Planner:
     def _settings(
         self, run: Config, data: int, fsdp: int, expert: int, context: int, microbatches: int, tokens: int
     ) -> Iterator[Config]:
-        kinds = ("ring", "all_to_all") if expert > 1 else ("auto",)
+        other = "all_to_all" if best_exchange(expert, run.model.num_choices) == "ring" else "ring"
+        kinds = ("auto", other) if expert > 1 else ("auto",)
         for exchange in kinds:
             for chunks in CHUNKS if run.model.routed_experts else (1,):
                 if tokens % chunks:
