@@ -1,6 +1,10 @@
 """`python -m emo_jax.plan`, as its user meets it."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -66,3 +70,19 @@ def test_a_search_prints_layouts_and_flags(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "Flags:" in done.stdout
     assert len(json.loads(out.read_text())) > 1
+
+
+def test_an_interrupted_search_keeps_what_it_has(tpu, tmp_path):
+    """Ctrl-C while the first of three layouts is compiled: a table all the same, and nothing goes on running."""
+    command = [sys.executable, "-m", "emo_jax.plan", "--config=configs/emo_tiny.py", "--topology=v5e:2x2", "--search"]
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "TMPDIR": str(tmp_path)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, env=environment, **pipes) as program:
+        for line in program.stderr:
+            if "tracing" in line:
+                program.send_signal(signal.SIGINT)
+                break
+        out, err = program.communicate(timeout=60)
+    assert program.returncode == 0, err
+    assert "Stopped" in out and "Flags:" in out
+    assert not list(tmp_path.glob("emo_jax_plan_*")), "the compiler's folder is gone with it"

@@ -191,7 +191,7 @@ def search_text(
     """A ranked table of layouts, and the flags of each."""
     head = (
         f"{'':>3} {'data×fsdp×expert×context':<25}{'rows×micro':>11} {'remat':<9}{'chunks':>6} {'exchange':<11}"
-        f"{'GB':>8}{'compiled':>9}{'ms':>8}{'tokens/s':>10}{'MFU':>7}  bound"
+        f"{'GB':>8}{'compiled':>16}{'step':>11}{'tokens/s':>10}{'MFU':>7}  bound"
     )
     lines = [f"Layouts by expected step time ({REACHED:.0%} of the roofline)", head]
     for place, (one, compiled) in enumerate(ranked[:shown], 1):
@@ -202,7 +202,7 @@ def search_text(
         measured = "" if compiled is None else _held(compiled, topology)
         lines.append(
             f"{place:>3} {mesh:<25}{rows:>11} {run.model.remat:<9}{run.mesh.chunks:>6} {one.exchange:<11}"
-            f"{one.cost.memory.total / 1e9:>8.2f}{measured:>9}{time.expected * 1e3:>8.0f}"
+            f"{one.cost.memory.total / 1e9:>8.2f}{measured:>16}{amount(time.expected, 's'):>11}"
             f"{human(time.tokens_per_second):>10}{time.expected_mfu:>7.1%}  {time.bound}"
         )
     lines.append("Flags:")
