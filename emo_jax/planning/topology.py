@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import importlib.util
 import math
 import os
 import re
@@ -119,6 +120,11 @@ def tpu_devices(topology: Topology) -> Sequence[Any]:
     Raises:
       UserError: where libtpu is missing or refuses.
     """
+    require(
+        importlib.util.find_spec("libtpu") is not None,
+        f"--topology={topology.name}: TPUs are planned with libtpu, which is not installed: pip install -e '.[tpu]' "
+        "(it has wheels for Linux on x86-64 alone). GPUs are planned without, as in --topology=h200:64.",
+    )
     os.environ.update({name: value for name, value in ENVIRONMENT.items() if name != "JAX_PLATFORMS"})
     from jax.experimental import topologies
 
@@ -131,11 +137,8 @@ def tpu_devices(topology: Topology) -> Sequence[Any]:
     try:
         with _quiet():  # libtpu tells that this is no TPU host
             return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
-    except Exception as error:  # the plugin raises what it likes, an import error among it
-        raise UserError(
-            f"--topology={topology.name}: libtpu could not describe it ({str(error).splitlines()[0]}). "
-            "It comes with pip install 'emo_jax[tpu]'."
-        ) from error
+    except Exception as error:  # the plugin raises what it likes
+        raise UserError(f"--topology={topology.name}: libtpu refuses it: {str(error).splitlines()[0]}") from error
 
 
 @contextlib.contextmanager
