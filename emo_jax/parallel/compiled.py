@@ -3,6 +3,7 @@
 A compiler's own cost analysis counts the body of a loop once, whatever its length, and knows nothing of mesh axes.
 """
 
+import functools
 import itertools
 import math
 import re
@@ -54,7 +55,7 @@ class Products(NamedTuple):
 def collectives(hlo: str, mesh: Mesh | AbstractMesh) -> list[Collective]:
     """All collectives of a compiled step, but those that move no more than 4 KiB in one run."""
     groups = _axis_groups(mesh)
-    operations = list(_operations(hlo))
+    operations = _operations(hlo)
     callers = {called: op.name for op in operations if op.kind == "fusion" for called in _CALLED.findall(op.text)}
     found = []
     for op in operations:
@@ -133,7 +134,7 @@ def work(hlo: str) -> list[Work]:
     What lies in a faster memory costs no bytes, and of a slice or a gather only what is taken. Arrays that a kernel
     reads more than once, or in part, count once and whole.
     """
-    operations = list(_operations(hlo))
+    operations = _operations(hlo)
     bodies: dict[str, list[_Operation]] = {}
     for op in operations:
         bodies.setdefault(op.within, []).append(op)
@@ -216,8 +217,13 @@ class _Operation(NamedTuple):
         return [(found[1], found[2]) for kind in self.inputs if (found := _ARRAY.search(kind))]
 
 
-def _operations(hlo: str) -> Iterator[_Operation]:
-    """Every operation of the module, with its operands' types and how often it runs."""
+@functools.lru_cache(maxsize=1)
+def _operations(hlo: str) -> list[_Operation]:
+    """Every operation of the module, with its operands' types and how often it runs; kept, since several ask."""
+    return list(_parse(hlo))
+
+
+def _parse(hlo: str) -> Iterator[_Operation]:
     computations: dict[str, list[str]] = {}
     entry = current = ""
     for line in hlo.splitlines():
