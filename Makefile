@@ -51,7 +51,7 @@ demo: .venv/.installed-$(EXTRAS)
 	$(call shown,$(COMPARE))
 
 test: .venv/.installed-dev
-	$(AHEAD_OF_TIME) $(VENV_PYTHON) -m pytest -n 2 --dist loadfile -m '$(MARKERS)' $(ARGS)
+	$(AHEAD_OF_TIME) $(VENV_PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m '$(MARKERS)' $(ARGS)
 
 check: .venv/.installed-dev
 	@status=0; \

@@ -19,3 +19,18 @@ import jax
 
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+LONGEST = (
+    "tests/training/test_invariance.py",
+    "tests/test_finetune.py",
+    "tests/test_select_and_evaluate.py",
+    "tests/test_train.py",
+    "tests/training/test_against_oracle.py",
+    "tests/launch/test_training.py",
+)
+"""Files that take longest: first, so that no worker ends with one of them alone."""
+
+
+def pytest_collection_modifyitems(items):
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.nodeid.split("::")[0], len(places)))
