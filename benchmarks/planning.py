@@ -37,7 +37,6 @@ from emo_jax.planning import (
     parse_topology,
     unplaced,
 )
-from emo_jax.planning.report import compiled_time
 from emo_jax.planning.search import MARGIN
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -122,7 +121,7 @@ def points(args: argparse.Namespace) -> None:
         cost = estimate(run, {axis: getattr(run.mesh, axis) for axis in AXES})
         total = sum(cost.sent.values())
         layout = Planner(topology).layout(run)
-        busy = sum(compiled_time(layout, topology, found).device.values())
+        busy = sum(layout.compiled_time(topology, found).device.values())
         line = {
             "point": point._asdict() | {"fields": dict(point.fields)},
             "compiled_bytes": found.total,
@@ -312,7 +311,7 @@ def scale(args: argparse.Namespace) -> None:
         fastest = min(layouts.values(), key=lambda one: one.time.roofline)
         if compiled and args.compile:
             found = compile_step(fastest.run, topology, lambda text: None, cache)
-            time = compiled_time(fastest, topology, found)
+            time = fastest.compiled_time(topology, found)
             line = {"x": x, "way": "compiled", "flags": fastest.flags(run), "memory": found.total, "source": "compiled"}
             studies[name].append(line | {"seconds": time.expected, "mfu": time.expected_mfu})
         for line in studies[name]:

@@ -53,7 +53,8 @@ def main() -> int:
 
 def _plan(planner, run) -> int:
     from emo_jax.planning import compile_step, expected_seconds, plan_json, plan_text
-    from emo_jax.planning.report import header, room
+    from emo_jax.planning.report import header
+    from emo_jax.planning.search import MARGIN
 
     topology, clock = planner.topology, _Clock()
     try:
@@ -68,15 +69,17 @@ def _plan(planner, run) -> int:
     print("\n" + plan_text(layout, topology, compiled))
     if _OUT.value:
         _write([plan_json(layout, topology, compiled)])
-    total = compiled.total if compiled else layout.cost.memory.total
-    if 0 < total <= room(topology):
+    if compiled.fits(topology) if compiled else layout.fits(topology):
         return 0
-    print(_advice(planner, run))
+    # Where the compiler needs more than the formula says, others are taken to need as much more.
+    more = compiled.total / layout.cost.memory.total if compiled else 1.0
+    print(_advice(planner, run, MARGIN / max(more, 1.0)))
     return 1
 
 
 def _search(planner, run) -> int:
     from emo_jax.planning import compile_step, expected_seconds, plan_json, search_text
+    from emo_jax.planning.search import apart, rank
 
     topology, clock = planner.topology, _Clock()
     layouts = planner.layouts(run, clock)
@@ -92,7 +95,7 @@ def _search(planner, run) -> int:
         print(_advice(planner, run))
         return 1
     count = 0 if not topology.compiles else 3 if _COMPILE.value < 0 else _COMPILE.value
-    wanted, ranked = _apart(fitting, count), []
+    wanted = apart(fitting, count)
     if wanted:
         time = _minutes(sum(expected_seconds(one.run) for one in wanted))
         clock(f"compiling the {len(wanted)} best takes about {time}, once; Ctrl-C stops")
@@ -103,34 +106,11 @@ def _search(planner, run) -> int:
             found[id(one)] = compile_step(one.run, topology, clock)
     except KeyboardInterrupt:
         print("\nStopped; what was compiled is kept, and the same command goes on from there.")
-    ranked = [(one, found.get(id(one))) for one in fitting]
-    ranked.sort(key=lambda pair: _rank(pair, topology))
+    ranked = sorted(((one, found.get(id(one))) for one in fitting), key=lambda pair: rank(pair, topology))
     print(search_text(_shown(ranked), topology, run))
     if _OUT.value:
         _write([plan_json(one, topology, compiled) for one, compiled in ranked[:50]])
     return 0
-
-
-def _rank(pair, topology) -> tuple[bool, float]:
-    """What turned out too big comes last; times of compiled programs where there are some."""
-    from emo_jax.planning.report import compiled_time, room
-
-    layout, compiled = pair
-    if compiled is None:
-        return False, layout.time.expected
-    return not 0 < compiled.total <= room(topology), compiled_time(layout, topology, compiled).expected
-
-
-def _apart(layouts, count):
-    """The best layouts that differ in more than their chunks and exchange."""
-    kept: list = []
-    seen = set()
-    for one in layouts:
-        key = (tuple(one.sizes.values()), one.run.model.remat, one.run.train.microbatches)
-        if key not in seen and len(kept) < count:
-            seen.add(key)
-            kept.append(one)
-    return kept
 
 
 def _shown(ranked):
@@ -138,11 +118,11 @@ def _shown(ranked):
     return [pair for i, pair in enumerate(ranked) if i < 10 or pair[1] is not None]
 
 
-def _advice(planner, run) -> str:
+def _advice(planner, run, margin: float | None = None) -> str:
     """The nearest layout that works, or else the fewest chips that do."""
-    from emo_jax.planning.search import smallest_topology
+    from emo_jax.planning.search import MARGIN, smallest_topology
 
-    nearest = planner.nearest(run, lambda text: None)
+    nearest = planner.nearest(run, margin or MARGIN)
     if nearest is not None:
         memory = nearest.cost.memory.total / 1e9
         return f"Nearest that fits, by formula ({memory:.1f} GB): {nearest.flags(run) or 'the config as it is'}"

@@ -67,6 +67,10 @@ class Compiled(NamedTuple):
         """Arguments and temporaries, bytes."""
         return self.arguments + self.temporaries
 
+    def fits(self, topology: Topology) -> bool:
+        """Whether a device has room for it."""
+        return 0 < self.total <= topology.room
+
 
 def expected_seconds(run: Config) -> float:
     """About how long two cores take, from compiles of 4 to 16 layers; accumulation compiles the layers once as well."""

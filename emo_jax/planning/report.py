@@ -7,7 +7,7 @@ from emo_jax.analysis import human
 from emo_jax.config import Config
 from emo_jax.parallel.config import AXES
 from emo_jax.planning.compiler import Compiled
-from emo_jax.planning.roofline import ASSUMPTIONS, RANGE, REACHED, StepTime, step_time
+from emo_jax.planning.roofline import ASSUMPTIONS, RANGE, REACHED, StepTime
 from emo_jax.planning.search import Layout
 from emo_jax.planning.topology import Topology
 
@@ -20,16 +20,6 @@ LARGEST = 8
 """Kinds of arrays, and exchanges, that a plan names."""
 
 
-def compiled_time(layout: Layout, topology: Topology, compiled: Compiled) -> StepTime:
-    """The roofline of a compiled program; what its attention kernels multiply is added by formula."""
-    peak = topology.chip.flops / topology.chip.devices
-    busy = dict(compiled.busy)
-    busy["attention"] = busy.get("attention", 0.0) + layout.cost.flops.attention / peak
-    run, cost = layout.run, layout.cost
-    sizes = layout.sizes
-    return step_time(run, topology, layout.mesh, sizes, cost.work, compiled.sent, cost.flops.model, busy)
-
-
 def plan_text(layout: Layout, topology: Topology, compiled: Compiled | None) -> str:
     """One plan; without a compiled program, by formulas alone."""
     if compiled is not None and not compiled.total:
@@ -37,7 +27,7 @@ def plan_text(layout: Layout, topology: Topology, compiled: Compiled | None) -> 
     lines = [*_memory_lines(layout, topology, compiled), ""]
     lines += [*_flops_lines(layout, compiled), ""]
     lines += [*_exchange_lines(layout, compiled), ""]
-    time = compiled_time(layout, topology, compiled) if compiled else layout.time
+    time = layout.compiled_time(topology, compiled) if compiled else layout.time
     return "\n".join(lines + _time_lines(layout, topology, time, compiled))
 
 
@@ -58,11 +48,6 @@ def header(layout: Layout, topology: Topology) -> str:
 def _row_groups(layout: Layout) -> int:
     sizes = layout.sizes
     return sizes["data"] * sizes["fsdp"] * sizes["expert"]
-
-
-def room(topology: Topology) -> float:
-    """Bytes of HBM that a device's program can have."""
-    return topology.chip.memory / topology.chip.devices
 
 
 class _Table:
@@ -110,7 +95,7 @@ def _out_of_memory_text(layout: Layout, topology: Topology, compiled: Compiled) 
 
 
 def _memory_lines(layout: Layout, topology: Topology, compiled: Compiled | None) -> list[str]:
-    memory, limit = layout.cost.memory, room(topology)
+    memory, limit = layout.cost.memory, topology.room
     table = _Table(f"Memory a {'chip' if topology.chip.devices == 1 else 'device'}", "B", SOURCES)
     table.add("parameters, moments and batch", compiled.arguments if compiled else None, memory.arguments)
     table.add("temporaries at the fullest moment", compiled.temporaries if compiled else None, memory.temporaries)
@@ -196,7 +181,7 @@ def search_text(
     lines = [f"Layouts by expected step time ({REACHED:.0%} of the roofline)", head]
     for place, (one, compiled) in enumerate(ranked[:shown], 1):
         run = one.run
-        time = compiled_time(one, topology, compiled) if compiled and compiled.total else one.time
+        time = one.compiled_time(topology, compiled) if compiled and compiled.total else one.time
         mesh = "×".join(str(size) for size in one.sizes.values())
         rows = f"{run.data.batch_size // run.train.microbatches // _row_groups(one)}×{run.train.microbatches}"
         measured = "" if compiled is None else _held(compiled, topology)
@@ -214,13 +199,13 @@ def search_text(
 
 def _held(compiled: Compiled, topology: Topology) -> str:
     text = f"{compiled.total / 1e9:.2f}" if compiled.total else ""
-    return text if 0 < compiled.total <= room(topology) else f"{text}, too big".removeprefix(", ")
+    return text if compiled.fits(topology) else f"{text}, too big".removeprefix(", ")
 
 
 def plan_json(layout: Layout, topology: Topology, compiled: Compiled | None) -> dict[str, Any]:
     """Every figure of a plan, bytes, FLOPs and seconds of one device and step."""
     cost = layout.cost
-    time = compiled_time(layout, topology, compiled) if compiled and compiled.total else layout.time
+    time = layout.compiled_time(topology, compiled) if compiled and compiled.total else layout.time
     found: dict[str, Any] = {
         "topology": topology._asdict() | {"chips": topology.chips},
         "layout": {axis: layout.sizes[axis] for axis in AXES}
@@ -232,15 +217,14 @@ def plan_json(layout: Layout, topology: Topology, compiled: Compiled | None) -> 
             "sent": _sent_json(cost.sent),
         },
         "time": time._asdict(),
-        "room": room(topology),
+        "room": topology.room,
     }
     if compiled:
         found["compiled"] = compiled._asdict() | {
             "sent": _sent_json(compiled.sent),
             "largest": [one._asdict() for one in compiled.largest],
         }
-    total = cost.memory.total if compiled is None else compiled.total
-    return found | {"fits": 0 < total <= room(topology)}
+    return found | {"fits": layout.fits(topology) if compiled is None else compiled.fits(topology)}
 
 
 def _sent_json(sent: dict[tuple[str, tuple[str, ...]], float]) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +14,7 @@ from emo_jax.model.config import REMAT_POLICIES
 from emo_jax.parallel.config import AXES
 from emo_jax.parallel.exchange import best_exchange
 from emo_jax.parallel.sharding import arrange, mesh_sizes
+from emo_jax.planning.compiler import Compiled
 from emo_jax.planning.cost import Cost, estimate
 from emo_jax.planning.roofline import StepTime, step_time
 from emo_jax.planning.topology import Topology, offered, tpu_devices
@@ -68,7 +69,15 @@ class Layout(NamedTuple):
 
     def fits(self, topology: Topology, margin: float = 1.0) -> bool:
         """Whether it needs no more than this share of a device's memory."""
-        return self.cost.memory.total <= margin * topology.chip.memory / topology.chip.devices
+        return self.cost.memory.total <= margin * topology.room
+
+    def compiled_time(self, topology: Topology, compiled: Compiled) -> StepTime:
+        """The roofline of a compiled program; what its attention kernels multiply is added by formula."""
+        busy = dict(compiled.busy)
+        peak = topology.chip.flops / topology.chip.devices
+        busy["attention"] = busy.get("attention", 0.0) + self.cost.flops.attention / peak
+        given = (self.sizes, self.cost.work, compiled.sent, self.cost.flops.model, busy)
+        return step_time(self.run, topology, self.mesh, *given)
 
     def flags(self, than: Config) -> str:
         """What to add to a command to get from another config to this one."""
@@ -118,12 +127,11 @@ class Planner:
                 told = time.monotonic()
                 log(f"estimated {i:,} of {len(candidates):,} layouts")
             found.append(self._estimate(candidate))
-        room = self.topology.chip.memory / self.topology.chip.devices
         return sorted(
             found,
             key=lambda one: (
                 not one.fits(self.topology, MARGIN),
-                one.time.roofline if one.fits(self.topology, MARGIN) else one.cost.memory.total / room,
+                one.time.roofline if one.fits(self.topology, MARGIN) else one.cost.memory.total,
                 sum(one.time.device.values()),
                 one.cost.memory.total,
             ),
@@ -178,14 +186,32 @@ class Planner:
             if lean and rows == groups and candidate.mesh.chunks in (1, CHUNKS[-1]):
                 yield self._estimate(candidate)
 
-    def nearest(self, run: Config, log: Callable[[str], None]) -> Layout | None:
+    def nearest(self, run: Config, margin: float = MARGIN) -> Layout | None:
         """The layout that fits with the fewest fields changed, and among those the fastest; None where none fits."""
-        fitting = [one for one in self.layouts(run, log) if one.fits(self.topology, MARGIN)]
+        fitting = [one for one in self.layouts(run, lambda text: None) if one.fits(self.topology, margin)]
         try:
             own = self.layout(run).run
         except UserError:
             own = run
         return min(fitting, key=lambda one: (_changes(one.run, own), one.time.roofline), default=None)
+
+
+def apart(layouts: Sequence[Layout], number: int) -> list[Layout]:
+    """The first so many that differ in more than their chunks and exchange."""
+    kept: dict[tuple, Layout] = {}
+    for one in layouts:
+        key = (*one.sizes.values(), one.run.model.remat, one.run.train.microbatches)
+        if len(kept) < number:
+            kept.setdefault(key, one)
+    return list(kept.values())
+
+
+def rank(pair: tuple[Layout, Compiled | None], topology: Topology) -> tuple[bool, float]:
+    """What turned out too big comes last; times of compiled programs where there are some."""
+    layout, compiled = pair
+    if compiled is None:
+        return False, layout.time.expected
+    return not compiled.fits(topology), layout.compiled_time(topology, compiled).expected
 
 
 def smallest_topology(run: Config, kind: str) -> Topology | None:

@@ -56,6 +56,11 @@ class Topology(NamedTuple):
         return self.chips * self.chip.devices
 
     @property
+    def room(self) -> float:
+        """Bytes of HBM that a device's program can have."""
+        return self.chip.memory / self.chip.devices
+
+    @property
     def compiles(self) -> bool:
         """Whether a program can be compiled for it here: for TPUs; a GPU's compiler needs the GPU."""
         return self.chip.torus > 0

@@ -49,10 +49,10 @@ def test_the_fastest_that_fit_come_first(planner, layouts):
 
 def test_the_nearest_that_fits_changes_few_fields(planner):
     made = on(run(), {"data": 8, "fsdp": 1})
-    assert planner.nearest(made, lambda text: None).flags(made) == "", "the run as it is fits"
+    assert planner.nearest(made).flags(made) == "", "the run as it is fits"
     full = dataclasses.replace(made, data=dataclasses.replace(made.data, batch_size=64, sequence_length=2**21))
     assert not planner.layout(full).fits(planner.topology)
-    nearest = planner.nearest(full, lambda text: None)
+    nearest = planner.nearest(full)
     assert nearest.fits(planner.topology)
     assert nearest.flags(full).count("--config.") == 1
 
