@@ -46,6 +46,7 @@ class Compiled(NamedTuple):
       traffic: bytes to and from HBM, by part of the model.
       busy: seconds that its operations take one after another at the chip's peaks, by part; experts' rows as many as
         there are, and attention's kernels by their bytes alone.
+      multiplying: seconds of those operations whose FLOPs take longer than their bytes.
       sent: bytes by (kind of collective, mesh axes).
       seconds: that it took.
     """
@@ -59,6 +60,7 @@ class Compiled(NamedTuple):
     grouped: float
     traffic: dict[str, float]
     busy: dict[str, float]
+    multiplying: float
     sent: dict[tuple[str, tuple[str, ...]], float]
     seconds: float
 
@@ -196,11 +198,13 @@ def _read(run: Config, topology: Topology, folder: Path, seconds: float) -> Comp
     found = products(hlo)
     chip, traffic, busy = topology.chip, *(defaultdict[str, float](float) for _ in range(2))
     filled = 1 / run.mesh.buffer if run.mesh.expert > 1 else 1.0
+    multiplying = 0.0
     for op in work(hlo):
-        part, share = part_of(op.name), filled if op.grouped else 1.0
+        part, share = part_of(op.name), chip.devices * (filled if op.grouped else 1.0)
         traffic[part] += op.traffic
-        least = max(op.flops / chip.flops, op.traffic / chip.bandwidth)
-        busy[part] += share * chip.devices * least
+        products_take, bytes_take = share * op.flops / chip.flops, share * op.traffic / chip.bandwidth
+        busy[part] += max(products_take, bytes_take)
+        multiplying += products_take if products_take > bytes_take else 0.0
     return Compiled(
         memory.arguments,
         memory.temporaries,
@@ -211,6 +215,7 @@ def _read(run: Config, topology: Topology, folder: Path, seconds: float) -> Comp
         found.grouped,
         dict(traffic),
         dict(busy),
+        multiplying,
         dict(sent),
         seconds,
     )
@@ -228,7 +233,7 @@ def _out_of_memory(error: str, seconds: float) -> Compiled:
         raise UserError("The TPU compiler failed: " + (lines or error.splitlines() or ["it said nothing"])[-1])
     units = {unit: 2 ** (10 * i) for i, unit in enumerate(("", "K", "M", "G", "T"))}
     needed, limit = float(found[1]) * units[found[2]], float(found[3]) * units[found[4]]
-    return Compiled(0, 0, [], needed, limit, 0.0, 0.0, {}, {}, {}, seconds)
+    return Compiled(0, 0, [], needed, limit, 0.0, 0.0, {}, {}, 0.0, {}, seconds)
 
 
 def _to_json(found: Compiled) -> dict[str, Any]:

@@ -65,7 +65,7 @@ def step_time(
     work: Mapping[str, Work],
     sent: Mapping[tuple[str, tuple[str, ...]], float],
     model_flops: float,
-    busy: Mapping[str, float] | None = None,
+    compiled: tuple[Mapping[str, float], float] | None = None,
 ) -> StepTime:
     """The roofline of a step.
 
@@ -77,26 +77,27 @@ def step_time(
       work: of one device, by part.
       sent: bytes out of one device by (kind of collective, mesh axes).
       model_flops: of one device.
-      busy: seconds by part, where operations of a compiled program were added up instead.
+      compiled: seconds by part, added up over a compiled program's operations instead, and of those that multiply.
     """
     chip = topology.chip
     peak, bandwidth = chip.flops / chip.devices, chip.bandwidth / chip.devices
     compute = sum(part.flops for part in work.values()) / peak
     memory = sum(part.traffic for part in work.values()) / bandwidth
-    device = dict(busy or {name: max(part.flops / peak, part.traffic / bandwidth) for name, part in work.items()})
+    if compiled:
+        device, multiplying = dict(compiled[0]), compiled[1]
+    else:
+        device = {name: max(part.flops / peak, part.traffic / bandwidth) for name, part in work.items()}
+        multiplying = sum(part.flops / peak for part in work.values() if part.flops / peak > part.traffic / bandwidth)
     network: dict[str, float] = {}
     for (kind, axes), size in sent.items():
         if not size or axes == ("?",):
             continue
         along = wires(topology, mesh, sizes, axes)
         rate = along.cross if "all-to-all" in kind else along.ring
-        if busy is None and _whole_torus(topology, sizes, axes) and kind in ("reduce-scatter", "all-gather"):
+        if compiled is None and _whole_torus(topology, sizes, axes) and kind in ("reduce-scatter", "all-gather"):
             rate /= 1 if kind == "all-gather" and topology.chip.torus == 2 else 2
         network[f"{kind} over {' × '.join(axes)}"] = size / rate
     busiest, waiting = sum(device.values()), sum(network.values())
-    multiplying = sum(
-        device.get(name, 0) for name, part in work.items() if part.flops / peak > part.traffic / bandwidth
-    )
     bound = "interconnect" if waiting > busiest else "compute" if 2 * multiplying >= busiest else "HBM"
     roofline = max(busiest, waiting)
     expected = roofline / REACHED

@@ -73,11 +73,10 @@ class Layout(NamedTuple):
 
     def compiled_time(self, topology: Topology, compiled: Compiled) -> StepTime:
         """The roofline of a compiled program; what its attention kernels multiply is added by formula."""
-        busy = dict(compiled.busy)
-        peak = topology.chip.flops / topology.chip.devices
-        busy["attention"] = busy.get("attention", 0.0) + self.cost.flops.attention / peak
-        given = (self.sizes, self.cost.work, compiled.sent, self.cost.flops.model, busy)
-        return step_time(self.run, topology, self.mesh, *given)
+        attention = self.cost.flops.attention * topology.chip.devices / topology.chip.flops
+        busy = compiled.busy | {"attention": compiled.busy.get("attention", 0.0) + attention}
+        given = (self.sizes, self.cost.work, compiled.sent, self.cost.flops.model)
+        return step_time(self.run, topology, self.mesh, *given, (busy, compiled.multiplying + attention))
 
     def flags(self, than: Config) -> str:
         """What to add to a command to get from another config to this one."""
