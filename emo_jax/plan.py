@@ -79,7 +79,7 @@ def _plan(planner, run) -> int:
 
 def _search(planner, run) -> int:
     from emo_jax.planning import compile_step, expected_seconds, plan_json, search_text
-    from emo_jax.planning.search import apart, rank
+    from emo_jax.planning.search import apart, ranked
 
     topology, clock = planner.topology, _Clock()
     layouts = planner.layouts(run, clock)
@@ -106,16 +106,11 @@ def _search(planner, run) -> int:
             found[id(one)] = compile_step(one.run, topology, clock)
     except KeyboardInterrupt:
         print("\nStopped; what was compiled is kept, and the same command goes on from there.")
-    ranked = sorted(((one, found.get(id(one))) for one in fitting), key=lambda pair: rank(pair, topology))
-    print(search_text(_shown(ranked), topology, run))
+    pairs = ranked([(one, found.get(id(one))) for one in fitting], topology)
+    print(search_text(pairs, topology, run))
     if _OUT.value:
-        _write([plan_json(one, topology, compiled) for one, compiled in ranked[:50]])
+        _write([plan_json(one, topology, compiled) for one, compiled in pairs[:50]])
     return 0
-
-
-def _shown(ranked):
-    """The first ten, and any further down that were compiled."""
-    return [pair for i, pair in enumerate(ranked) if i < 10 or pair[1] is not None]
 
 
 def _advice(planner, run, margin: float | None = None) -> str:

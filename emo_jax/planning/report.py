@@ -8,7 +8,7 @@ from emo_jax.config import Config
 from emo_jax.parallel.config import AXES
 from emo_jax.planning.compiler import Compiled
 from emo_jax.planning.roofline import ASSUMPTIONS, RANGE, REACHED, StepTime
-from emo_jax.planning.search import Layout
+from emo_jax.planning.search import Layout, Pair, correction
 from emo_jax.planning.topology import Topology
 
 UNITS = {
@@ -170,30 +170,31 @@ def _time_lines(layout: Layout, topology: Topology, time: StepTime, compiled: Co
     return lines
 
 
-def search_text(
-    ranked: Sequence[tuple[Layout, Compiled | None]], topology: Topology, than: Config, shown: int = 10
-) -> str:
-    """A ranked table of layouts, and the flags of each."""
+def search_text(pairs: Sequence[Pair], topology: Topology, than: Config, shown: int = 10) -> str:
+    """A table of the first layouts and of all that were compiled, and the flags of each."""
+    factor = correction(pairs, topology)
+    listed = [(place, *pair) for place, pair in enumerate(pairs, 1) if place <= shown or pair[1] is not None]
     head = (
         f"{'':>3} {'data×fsdp×expert×context':<25}{'rows×micro':>11} {'remat':<9}{'chunks':>6} {'exchange':<11}"
         f"{'GB':>8}{'compiled':>16}{'step':>11}{'tokens/s':>10}{'MFU':>7}  bound"
     )
     lines = [f"Layouts by expected step time ({REACHED:.0%} of the roofline)", head]
-    for place, (one, compiled) in enumerate(ranked[:shown], 1):
-        run = one.run
-        time = one.compiled_time(topology, compiled) if compiled and compiled.total else one.time
+    for place, one, compiled in listed:
+        run, time, slower = one.run, one.time, factor
+        if compiled is not None and compiled.total:
+            time, slower = one.compiled_time(topology, compiled), 1.0
         mesh = "×".join(str(size) for size in one.sizes.values())
         rows = f"{run.data.batch_size // run.train.microbatches // _row_groups(one)}×{run.train.microbatches}"
         measured = "" if compiled is None else _held(compiled, topology)
         lines.append(
             f"{place:>3} {mesh:<25}{rows:>11} {run.model.remat:<9}{run.mesh.chunks:>6} {one.exchange:<11}"
-            f"{one.cost.memory.total / 1e9:>8.2f}{measured:>16}{amount(time.expected, 's'):>11}"
-            f"{human(time.tokens_per_second):>10}{time.expected_mfu:>7.1%}  {time.bound}"
+            f"{one.cost.memory.total / 1e9:>8.2f}{measured:>16}{amount(slower * time.expected, 's'):>11}"
+            f"{human(time.tokens_per_second / slower):>10}{time.expected_mfu / slower:>7.1%}  {time.bound}"
         )
+    if factor != 1:
+        lines.append(f"Steps that were not compiled: {factor:.2f} times the formula, as the compiled ones take.")
     lines.append("Flags:")
-    lines += [
-        f"{place:>3} {one.flags(than) or '(the config as it is)'}" for place, (one, _) in enumerate(ranked[:shown], 1)
-    ]
+    lines += [f"{place:>3} {one.flags(than) or '(the config as it is)'}" for place, one, _ in listed]
     return "\n".join(lines)
 
 

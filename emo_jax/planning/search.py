@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -205,12 +206,28 @@ def apart(layouts: Sequence[Layout], number: int) -> list[Layout]:
     return list(kept.values())
 
 
-def rank(pair: tuple[Layout, Compiled | None], topology: Topology) -> tuple[bool, float]:
-    """What turned out too big comes last; times of compiled programs where there are some."""
-    layout, compiled = pair
-    if compiled is None:
-        return False, layout.time.expected
-    return not compiled.fits(topology), layout.compiled_time(topology, compiled).expected
+Pair = tuple[Layout, Compiled | None]
+"""A layout, and its compiled program where there is one."""
+
+
+def correction(pairs: Sequence[Pair], topology: Topology) -> float:
+    """Times of compiled programs over times by formula: their median; 1 where none was compiled."""
+    known = [(one, compiled) for one, compiled in pairs if compiled is not None and compiled.total]
+    ratios = [one.compiled_time(topology, compiled).roofline / one.time.roofline for one, compiled in known]
+    return statistics.median(ratios) if ratios else 1.0
+
+
+def ranked(pairs: Sequence[Pair], topology: Topology) -> list[Pair]:
+    """Fastest first, by compiled programs where there are some; what turned out too big comes last."""
+    factor = correction(pairs, topology)
+
+    def key(pair: Pair) -> tuple[bool, float]:
+        layout, compiled = pair
+        if compiled is None:
+            return False, factor * layout.time.roofline
+        return not compiled.fits(topology), layout.compiled_time(topology, compiled).roofline
+
+    return sorted(pairs, key=key)
 
 
 def smallest_topology(run: Config, kind: str) -> Topology | None:
