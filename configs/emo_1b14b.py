@@ -5,6 +5,13 @@ python -m emo_jax.train --config=configs/emo_1b14b.py --workdir=DIR \\
 
 Hardware: a TPU pod slice or GPU nodes with 64 or more chips. With the mesh below and 4 rows a chip, each of 64 holds
 2.6 GB of parameters and moments and 5.0 GB (v5p) or 5.4 GB (v6e) of temporaries, as compiled.
+Layouts of 64 chips that a search found faster, on paper (`python -m emo_jax.plan --config=… --topology=… --search`):
+  v5p, 53.4 GB a chip, about 0.7 of this file's step:
+    --config.mesh.data=2 --config.mesh.fsdp=32 --config.mesh.expert=1 --config.mesh.chunks=1 \\
+    --config.model.remat=none --config.train.microbatches=4
+  v4, 30.0 GB a chip, about two thirds of the step of --config.model.remat=exchange --config.train.microbatches=4
+    --config.mesh.data=2 --config.mesh.fsdp=32 --config.mesh.expert=1 --config.mesh.chunks=1 \\
+    --config.model.remat=dots
 Parameters: 13.57B, 1.49B active per token (1.28B without the embedding).
 FLOPs: 8.51 GFLOP a token, forward and backward. Tokens: 1T (238,419 steps of 4.19M).
 Reaches (paper, table 1; not reproduced here): MMLU 42.8, MC9 63.1, Gen5 57.9, GSM8K 12.0 after 50B more tokens
