@@ -1,0 +1,158 @@
+"""What a device holds while it computes a step, by formulas over shapes.
+
+Which arrays each phase needs follows from the program; how many of a kind a compiler holds at once was counted in
+compiled programs (`benchmarks/planning.py points` compares).
+
+Letters: T tokens of a device in a microbatch, D width, E experts, R routed, C choices, F expert hidden, H heads, N head
+width, V vocabulary, L layers, X ranks of the expert axis, M rows of experts' inputs in a chunk.
+"""
+
+from typing import NamedTuple
+
+from emo_jax.model.cross_entropy import CHUNK
+from emo_jax.parallel.exchange import UNROLL
+from emo_jax.planning.shapes import LANES, Shapes
+
+
+class Memory(NamedTuple):
+    """Bytes of one device.
+
+    Attributes:
+      arguments: parameters, moments and batch; a step's results replace them.
+      temporaries: what else lives at the fullest moment.
+      phase: which moment that is.
+      parts: of the temporaries then, by name.
+    """
+
+    arguments: float
+    temporaries: float
+    phase: str
+    parts: dict[str, float]
+
+    @property
+    def total(self) -> float:
+        """Arguments and temporaries."""
+        return self.arguments + self.temporaries
+
+
+def memory(s: Shapes) -> Memory:
+    """What a device holds at the fullest moment of a step."""
+    model, wide = s.model, s.wide
+    gradients = s.state.parameters
+    batch = s.rows * s.microbatches * s.run.data.sequence_length // s.sizes["context"] * (4 * 4 + 1)
+
+    layers = model.num_layers
+    kept = [_kept(s, experts) for experts in model.layer_experts]
+    saved = sum(kept) + s.hidden
+    head = model.d_model * model.vocab_size
+    logits = min(CHUNK, s.tokens) * model.vocab_size * wide
+    always = {}
+    if s.microbatches > 1:
+        # Sums of gradients, and parameters cast once before the loop over microbatches.
+        always = {"summed gradients": gradients, "cast parameters": gradients * s.width / wide}
+    loss = {
+        "kept for the backward pass": saved,
+        "head and its gradient": head * (s.width + wide),
+        "logits": logits,
+        "residual streams": 2 * s.hidden,
+    }
+    last, first = (_layer(s, model.layer_experts[i]) for i in (-1, 0))
+    share = head / s.state.total
+    forward = {
+        "kept for the backward pass": saved,
+        "head and its gradient": head * (s.width + wide),
+        **_experts_forward(s, model.layer_experts[-1]),
+    }
+    end = {
+        "kept for the backward pass": kept[0] + s.hidden,
+        "gradients": gradients * (1 - share - (1 - 2 * share) / layers),
+        **first,
+    }
+    if s.microbatches > 1:
+        end["gradient of the embedding"] = head * wide
+    phases = {
+        "the last layer's forward pass": forward,
+        "the loss": loss,
+        "the last layer's backward pass": {"kept for the backward pass": saved, **last},
+        "the first layer's backward pass": end,
+        "the embedding's gradient": {
+            "gradients": gradients,
+            "gradient of the embedding": head * wide,
+            "residual streams": s.hidden,
+        },
+    }
+    # What an allocator cannot fill between arrays of many sizes: about half of the largest one.
+    always["gaps"] = head * wide / 2
+    phase = max(phases, key=lambda name: sum(phases[name].values()))
+    parts = always | phases[phase]
+    return Memory(s.state.held + batch, sum(parts.values()), phase, parts)
+
+
+def _kept(s: Shapes, experts: int) -> float:
+    """Bytes of one layer that the backward pass finds."""
+    model, t, d = s.model, s.tokens, s.model.d_model
+    kept: float = s.hidden
+    if model.remat == "none":
+        # Queries, keys, values, what attention returns, norms in float32 and gated hidden layers.
+        kept += t * (s.heads * s.width + model.num_heads * LANES * 4 + 4 * d * s.wide + 2 * d * s.width)
+        kept += 5 * t * s.ffn_width(experts) * s.width
+    elif model.remat == "dots":
+        heads = (model.num_heads + 2 * model.kv_heads) * model.head_dim
+        kept += t * (heads + d + 2 * s.ffn_width(experts) + d) * s.width
+    if not experts:
+        return kept
+    routed = experts - model.num_shared_experts
+    if model.remat == "none":
+        kept += t * (4 + model.num_choices) * max(routed, LANES) * 4
+        if s.chunks == 1:  # several chunks compute their products again
+            kept += s.buffer * (3 * model.d_expert + (d if s.ranks == 1 else 0)) * s.width
+    elif model.remat == "dots":
+        kept += t * max(routed, LANES) * 4
+    if s.ranks > 1 and model.remat in ("none", "exchange"):
+        arrived = s.tokens * s.ranks * d if s.kind == "ring" else s.chunks * s.buffer * d
+        kept += arrived * s.width
+        kept += s.hidden if model.remat == "none" else 0
+    return kept + 2 * t * model.num_choices * 4
+
+
+def _layer(s: Shapes, experts: int) -> dict[str, float]:
+    """Bytes that live at once in one layer's backward pass, beside what was kept for it."""
+    model, t, d = s.model, s.tokens, s.model.d_model
+    parts: dict[str, float] = {
+        "residual streams": (4 if s.recomputed else 2) * s.hidden,
+        "dense weights": (s.attention_weights + 3 * d * s.ffn_width(experts)) * s.width,
+    }
+    if s.recomputed:
+        parts["attention"] = t * (s.heads * s.width + model.num_heads * LANES * 4)
+        parts["dense feed-forward"] = 3 * t * s.ffn_width(experts) * s.width
+    if not experts:
+        return parts
+    parts["router"] = 2 * t * max(experts - model.num_shared_experts, LANES) * 4
+    rows, hidden, weights = s.expert_rows(), s.buffer * model.d_expert * s.width, s.expert_weights(experts)
+    if s.chunks > 1:
+        count = 3.5 if s.kind == "all_to_all" else 2.5 if s.kind == "ring" else 2
+        parts["rows of experts"] = UNROLL * (count * rows + (2 if s.kind == "here" else 3) * hidden)
+        parts["weights of experts and their gradients"] = (10 if s.kind == "here" else 9) / 3 * weights
+        if s.kind == "all_to_all":
+            parts["rows on their way"] = s.choices * d * s.width
+    elif s.kind == "here":
+        parts["rows of experts"] = 2 * rows + hidden
+        parts["weights of experts and their gradients"] = 5 / 3 * weights
+    else:
+        parts["rows of experts"] = 3 * (rows + hidden)
+        parts["weights of experts and their gradients"] = 2 * weights
+    if s.kind == "ring":
+        parts["rows on their way"] = (model.num_choices + 1) * s.ring_rows()
+    return parts
+
+
+def _experts_forward(s: Shapes, experts: int) -> dict[str, float]:
+    """Bytes that live at once while a layer's experts compute, going forward."""
+    if not experts:
+        return {}
+    at_once = UNROLL if s.chunks > 1 else 1
+    rows = s.expert_rows() + s.buffer * s.model.d_expert * s.width
+    parts: dict[str, float] = {"weights of experts": s.expert_weights(experts), "rows of experts": rows}
+    if s.kind == "ring":
+        parts["rows on their way"] = at_once * (s.model.num_choices + 1) * s.ring_rows()
+    return parts
