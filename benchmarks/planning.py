@@ -11,7 +11,6 @@ and 512 chips and with 32, 256 and 1024 experts (half an hour of two cores).
 
 import argparse
 import dataclasses
-import importlib.util
 import json
 import os
 import statistics
@@ -22,24 +21,22 @@ from typing import Any, NamedTuple
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+from skew import config_file
+
 from emo_jax.analysis import page, write_page
 from emo_jax.analysis.figures import BLUE, DOMAIN_COLOURS, GREY, ORANGE, Line, point_figure
 from emo_jax.config import Config, MeshConfig, ModelConfig
 from emo_jax.model import flops_per_token
-from emo_jax.parallel.config import AXES
 from emo_jax.planning import (
     REACHED,
     Layout,
     Planner,
     Topology,
     compile_step,
-    estimate,
     parse_topology,
     unplaced,
 )
 from emo_jax.planning.search import MARGIN
-
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 
 class Point(NamedTuple):
@@ -86,27 +83,18 @@ POINTS = [
 
 def load(name: str) -> Config:
     """The config of a file in configs/."""
-    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config()
+    return config_file(name).get_config()
 
 
-def placed(point: Point) -> Config:
-    """The point's run, each axis of its mesh a number."""
+def placed(point: Point) -> Layout:
+    """The point's run, laid out on its chips."""
     run, topology = load(point.config), parse_topology(point.topology)
     for name, value in point.fields.items():
         section, field = name.split(".")
         setattr(run, section, dataclasses.replace(getattr(run, section), **{field: value}))
-    rest = topology.devices
-    for axis in AXES:
-        rest //= max(getattr(run.mesh, axis), 1)
-    free = {axis: rest for axis in AXES if getattr(run.mesh, axis) == -1}
-    run.mesh = dataclasses.replace(run.mesh, **free)
     run.train.microbatches = point.microbatches
     run.data.batch_size = point.rows * point.microbatches * topology.devices // run.mesh.context
-    return unplaced(run)
+    return Planner(topology).layout(unplaced(run))
 
 
 def points(args: argparse.Namespace) -> None:
@@ -116,11 +104,10 @@ def points(args: argparse.Namespace) -> None:
     for i, point in enumerate(POINTS):
         if args.only and i not in args.only:
             continue
-        run, topology = placed(point), parse_topology(point.topology)
-        found = compile_step(run, topology, lambda text: None, Path(args.cache) if args.cache else None)
-        cost = estimate(run, {axis: getattr(run.mesh, axis) for axis in AXES})
+        layout, topology = placed(point), parse_topology(point.topology)
+        found = compile_step(layout.run, topology, lambda text: None, Path(args.cache) if args.cache else None)
+        cost = layout.cost
         total = sum(cost.sent.values())
-        layout = Planner(topology).layout(run)
         busy = sum(layout.compiled_time(topology, found).device.values())
         line = {
             "point": point._asdict() | {"fields": dict(point.fields)},

@@ -131,7 +131,7 @@ def _key(run: Config, topology: Topology) -> str:
     for folder in ("kernels", "model", "parallel", "training"):
         for file in sorted((package / folder).rglob("*.py")):
             code.update(file.read_bytes())
-    for name in ("buffers", "compiler"):
+    for name in ("buffers", "compiler", "topology"):
         code.update((Path(__file__).parent / f"{name}.py").read_bytes())
     versions = [f"{name} {importlib.metadata.version(name)}" for name in ("jax", "libtpu")]
     flags = [os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]

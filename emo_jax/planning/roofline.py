@@ -23,6 +23,20 @@ ASSUMPTIONS = (
 """Of the roofline, in words."""
 
 
+class Operations(NamedTuple):
+    """Of a compiled program, one after another.
+
+    Attributes:
+      busy: seconds by part of the model.
+      multiplying: seconds of those whose FLOPs take longer than their bytes.
+      traffic: bytes to and from HBM.
+    """
+
+    busy: Mapping[str, float]
+    multiplying: float
+    traffic: float
+
+
 class StepTime(NamedTuple):
     """Of one step.
 
@@ -65,7 +79,7 @@ def step_time(
     work: Mapping[str, Work],
     sent: Mapping[tuple[str, tuple[str, ...]], float],
     model_flops: float,
-    compiled: tuple[Mapping[str, float], float] | None = None,
+    compiled: Operations | None = None,
 ) -> StepTime:
     """The roofline of a step.
 
@@ -77,14 +91,14 @@ def step_time(
       work: of one device, by part.
       sent: bytes out of one device by (kind of collective, mesh axes).
       model_flops: of one device.
-      compiled: seconds by part, added up over a compiled program's operations instead, and of those that multiply.
+      compiled: a compiled program's operations, which count instead of formulas.
     """
     chip = topology.chip
     peak, bandwidth = chip.flops / chip.devices, chip.bandwidth / chip.devices
     compute = sum(part.flops for part in work.values()) / peak
-    memory = sum(part.traffic for part in work.values()) / bandwidth
+    memory = (compiled.traffic if compiled else sum(part.traffic for part in work.values())) / bandwidth
     if compiled:
-        device, multiplying = dict(compiled[0]), compiled[1]
+        device, multiplying = dict(compiled.busy), compiled.multiplying
     else:
         device = {name: max(part.flops / peak, part.traffic / bandwidth) for name, part in work.items()}
         multiplying = sum(part.flops / peak for part in work.values() if part.flops / peak > part.traffic / bandwidth)

@@ -17,7 +17,7 @@ from emo_jax.parallel.exchange import best_exchange
 from emo_jax.parallel.sharding import arrange, mesh_sizes
 from emo_jax.planning.compiler import Compiled
 from emo_jax.planning.cost import Cost, estimate
-from emo_jax.planning.roofline import StepTime, step_time
+from emo_jax.planning.roofline import Operations, StepTime, step_time
 from emo_jax.planning.topology import Topology, offered, tpu_devices
 
 CHUNKS = (1, 2, 4, 8)
@@ -76,8 +76,9 @@ class Layout(NamedTuple):
         """The roofline of a compiled program; what its attention kernels multiply is added by formula."""
         attention = self.cost.flops.attention * topology.chip.devices / topology.chip.flops
         busy = compiled.busy | {"attention": compiled.busy.get("attention", 0.0) + attention}
+        operations = Operations(busy, compiled.multiplying + attention, sum(compiled.traffic.values()))
         given = (self.sizes, self.cost.work, compiled.sent, self.cost.flops.model)
-        return step_time(self.run, topology, self.mesh, *given, (busy, compiled.multiplying + attention))
+        return step_time(self.run, topology, self.mesh, *given, operations)
 
     def flags(self, than: Config) -> str:
         """What to add to a command to get from another config to this one."""

@@ -20,9 +20,8 @@ ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPL
 """For processes that compile for TPUs without one."""
 
 FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-SMALL_CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4")
-"""Slices that Google offers: of v5e and v6e these alone, of the others these and multiples of 4 in all dimensions."""
-CUBES = (*SMALL_CUBES, "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16", "16x16x16")
+CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16", "16x16x16")
+"""Slices that Google offers: of v5e and v6e the flat ones alone, of the others cubes, also others of multiples of 4."""
 
 
 class Topology(NamedTuple):

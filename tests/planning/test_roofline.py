@@ -5,6 +5,7 @@ import pytest
 from emo_jax.config import Config, DataConfig, TrainConfig
 from emo_jax.planning import REACHED, parse_topology, step_time
 from emo_jax.planning.cost import Work
+from emo_jax.planning.roofline import Operations
 
 SIZES = {"data": 1, "fsdp": 1, "expert": 8, "context": 1}
 TOPOLOGY = parse_topology("h200:8")
@@ -34,3 +35,11 @@ def test_exchanges_overlap_unless_they_are_longer():
     sent = {("all-gather", ("expert",)): 2 * chip.link, ("ragged-all-to-all", ("expert",)): chip.link}
     longer = time(work, sent)
     assert (longer.roofline, longer.bound) == (3.0, "interconnect")
+
+
+def test_a_compiled_programs_operations_count_instead_of_formulas():
+    chip = TOPOLOGY.chip
+    work = {"products": Work(chip.flops, 0)}
+    operations = Operations({"experts": 2.0, "attention": 1.0}, 1.0, 3 * chip.bandwidth)
+    found = step_time(RUN, TOPOLOGY, None, SIZES, work, {}, 0.0, operations)
+    assert (found.roofline, found.bound, found.memory) == (3.0, "HBM", 3.0)
