@@ -35,7 +35,7 @@ def ours(geometry: str, experts: int, rows: int, variant: str):
     params, generator = init_parameters(config, 0), Generator(config)
     prompts = np.random.default_rng(0).integers(0, config.vocab_size, (rows, PROMPT))
     if variant == "blocked":
-        moe.best_implementation = lambda choices, experts: "blocked"
+        moe.best_implementation = lambda tokens: "blocked"
 
     def write() -> None:
         for token_B in generator(params, prompts.tolist(), NEW):

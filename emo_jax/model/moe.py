@@ -89,8 +89,8 @@ class MixtureOfExperts(nnx.Module):
             )
 
         weights = [w[...] for w in (self.routed.gate, self.routed.up, self.routed.down)]
-        implementation = implementation or best_implementation(routing.indices_BSC.size, len(weights[0]))
-        if implementation != "sliced":  # which converts no more than it reads
+        implementation = implementation or best_implementation(document_ids_BS.size)
+        if implementation != "streamed":  # which converts no more than it reads
             weights = [w.astype(x_BSD.dtype) for w in weights]
         compute = functools.partial(routed_experts, implementation=implementation)
         dispatched = self.config.remat in ("none", "exchange")

@@ -3,28 +3,36 @@
 Letters: T tokens, C choices a token, R routed experts, D width, F expert hidden, M slots, N blocks, P rows a block.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from emo_jax.errors import require_choice
 from emo_jax.kernels.experts import dispatch as ops
+from emo_jax.kernels.experts.libraries import PRODUCTS, Product
+from emo_jax.kernels.experts.pallas_tpu import routed_experts_tpu
 from emo_jax.kernels.experts.reference import reference
+from emo_jax.kernels.experts.streamed import streamed
+from emo_jax.kernels.experts.tpu_products import best_sizes
 
-IMPLEMENTATIONS = ("blocked", "ragged", "sliced", "reference")
+IMPLEMENTATIONS = ("blocked", "ragged", "megablox", "tokamax", "pallas_tpu", "streamed", "reference")
 
 BLOCK = 64
 """Rows a block on CPU: the fastest of 32, 64 and 128 (BUILD_NOTES.md)."""
+STREAMED_TOKENS = 64
+"""Most tokens for which experts are streamed: on CPU faster than blocks up to twice as many (BUILD_NOTES.md)."""
 
 
 def default_implementation(platform: str) -> str:
     """The fastest formulation for many tokens on a "cpu", "gpu" or "tpu"; measured reasons in BUILD_NOTES.md."""
-    return "blocked" if platform == "cpu" else "ragged"
+    return {"cpu": "blocked", "tpu": "pallas_tpu"}.get(platform, "ragged")
 
 
-def best_implementation(choices: int, experts: int) -> str:
-    """The fastest on the default backend for T·C choices among R experts."""
-    if choices <= experts:  # a few tokens being decoded: do not touch the weights of all experts
-        return "sliced"
+def best_implementation(tokens: int) -> str:
+    """The fastest on the default backend for T tokens."""
+    if tokens <= STREAMED_TOKENS:  # being decoded: do not touch the weights of all experts
+        return "streamed"
     return default_implementation(jax.default_backend())
 
 
@@ -45,10 +53,12 @@ def routed_experts(
       x_TD: tokens, in the dtype of the computation.
       indices_TC: int32 chosen experts; R for a token that reaches no expert, whose result is 0.
       weights_TC: float32 (or wider) weight of each choice.
-      gate_RDF, up_RDF, down_RFD: expert weights, in the dtype of `x_TD` (any dtype with `sliced`).
+      gate_RDF, up_RDF, down_RFD: expert weights, in the dtype of `x_TD` (any dtype with `streamed`).
       implementation: `blocked` (groups padded to blocks, each with a copy of its expert's weights),
-        `ragged` (`jax.lax.ragged_dot`), `sliced` (one choice after another, with a slice of the stacks: reads the
-        chosen experts alone, fit for a few tokens), `reference`; None: the best for the platform and so many tokens.
+        `ragged` (`jax.lax.ragged_dot`), `megablox`, `tokamax` (kernels of those libraries), `pallas_tpu` (our kernels
+        for TPU; bfloat16 or float32, D a multiple of 256 or 128, F of 128; other arrays go to `ragged`), `streamed`
+        (one chosen expert after another: reads their weights alone, fit for a few tokens), `reference`; None: the best
+        for the platform and so many tokens.
       filled: the most choices that have an expert, where the caller knows it: buffers are no larger. None: all may.
 
     Returns:
@@ -57,12 +67,18 @@ def routed_experts(
     Raises:
       UserError: on an unknown implementation.
     """
-    implementation = implementation or best_implementation(indices_TC.size, len(gate_RDF))
+    implementation = implementation or best_implementation(len(x_TD))
     require_choice("implementation", implementation, IMPLEMENTATIONS)
-    if implementation in ("reference", "sliced"):
-        compute = reference if implementation == "reference" else _sliced
-        return compute(x_TD, indices_TC, weights_TC, gate_RDF, up_RDF, down_RFD)
-    y_MD, plan = _outputs(x_TD, indices_TC, weights_TC, gate_RDF, up_RDF, down_RFD, implementation, filled)
+    arguments = (x_TD, indices_TC, weights_TC, gate_RDF, up_RDF, down_RFD)
+    if implementation in ("reference", "streamed"):
+        return (reference if implementation == "reference" else streamed)(*arguments)
+    if implementation == "pallas_tpu":
+        experts, width, hidden = gate_RDF.shape
+        most = indices_TC.size if filled is None else min(filled, indices_TC.size)
+        if sizes := best_sizes(most, experts, indices_TC.shape[1], width, hidden, x_TD.dtype):
+            return routed_experts_tpu(*arguments, sizes=sizes, filled=filled)
+        implementation = "ragged"
+    y_MD, plan = _outputs(*arguments, implementation, filled)
     return ops.combine(y_MD, plan)
 
 
@@ -79,7 +95,7 @@ def expert_norms(
 
     Arguments as in `routed_experts`; only `blocked` and `ragged` are offered.
     """
-    implementation = implementation or default_implementation(jax.default_backend())
+    implementation = implementation or ("blocked" if jax.default_backend() == "cpu" else "ragged")
     require_choice("implementation", implementation, IMPLEMENTATIONS[:2])
     ones_TC = jnp.ones(indices_TC.shape, jnp.promote_types(x_TD.dtype, jnp.float32))
     y_MD, plan = _outputs(x_TD, indices_TC, ones_TC, gate_RDF, up_RDF, down_RFD, implementation)
@@ -99,40 +115,21 @@ def _outputs(
 ) -> tuple[jax.Array, ops.Plan]:
     """Each slot's weighted expert output [M, D], and where the slots are."""
     plan = ops.plan(indices_TC, gate.shape[0], BLOCK if implementation == "blocked" else 1, filled)
-    ffn = _blocked_ffn if implementation == "blocked" else _ragged_ffn
+    ffn = _blocked_ffn if implementation == "blocked" else functools.partial(_grouped_ffn, PRODUCTS[implementation])
     return ffn(ops.dispatch(x_TD, plan), ops.dispatch_weights(weights_TC, plan), plan, gate, up, down), plan
 
 
-def _sliced(
-    x_TD: jax.Array,
-    indices_TC: jax.Array,
-    weights_TC: jax.Array,
-    gate_RDF: jax.Array,
-    up_RDF: jax.Array,
-    down_RFD: jax.Array,
+def _grouped_ffn(
+    product: Product,
+    x_MD: jax.Array,
+    weight_M: jax.Array,
+    plan: ops.Plan,
+    gate: jax.Array,
+    up: jax.Array,
+    down: jax.Array,
 ) -> jax.Array:
-    experts, choices = len(gate_RDF), indices_TC.shape[1]
-
-    # One choice after another: a gather of all of them would be cut into gathers over copies of the stacks on TPU.
-    def output(choice: jax.Array) -> jax.Array:
-        expert = jnp.minimum(indices_TC.reshape(-1)[choice], experts - 1)
-        gate, up, down = (
-            jax.lax.dynamic_index_in_dim(w, expert, keepdims=False).astype(x_TD.dtype)
-            for w in (gate_RDF, up_RDF, down_RFD)
-        )
-        x_1D = x_TD[choice // choices][None]
-        return ((jax.nn.silu(x_1D @ gate) * (x_1D @ up)) @ down)[0]
-
-    y_TCD = jax.lax.map(output, jnp.arange(indices_TC.size)).reshape(*indices_TC.shape, -1)
-    weights_TC = jnp.where(indices_TC < experts, weights_TC, 0)
-    return (weights_TC[:, :, None] * y_TCD.astype(weights_TC.dtype)).sum(1).astype(x_TD.dtype)
-
-
-def _ragged_ffn(
-    x_MD: jax.Array, weight_M: jax.Array, plan: ops.Plan, gate: jax.Array, up: jax.Array, down: jax.Array
-) -> jax.Array:
-    gate_MF, up_MF = (jax.lax.ragged_dot(x_MD, w, plan.counts_R) for w in (gate, up))
-    return jax.lax.ragged_dot(_gated(gate_MF, up_MF, weight_M), down, plan.counts_R)
+    gate_MF, up_MF = (product(x_MD, w, plan.counts_R) for w in (gate, up))
+    return product(_gated(gate_MF, up_MF, weight_M), down, plan.counts_R)
 
 
 def _blocked_ffn(
