@@ -46,6 +46,7 @@ setup(
     extras_require={
         "tpu": [f"jax[tpu]{JAX_RANGE}"],
         "cuda13": [f"jax[cuda13]{JAX_RANGE}"],
+        "tokamax": ["tokamax>=0.0.17"],
         "evaluation": ["lm_eval>=0.4.13", "tqdm>=4.66"],
         "wandb": ["wandb>=0.20"],
         "prepare": ["apache-beam>=2.70,<3"],

@@ -13,6 +13,9 @@ from typing import NamedTuple
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
+from emo_jax.kernels.experts.tpu_products import PRODUCTS
+from emo_jax.kernels.experts.tpu_rows import MOVES
+
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "f64": 8}
 
@@ -101,11 +104,19 @@ def _product(op: "_Operation") -> float:
 
 
 def _is_grouped(op: "_Operation") -> bool:
-    return op.kind == "custom-call" and op.name.startswith("ragged-dot") and "metadata" not in op.name
+    return op.kind == "custom-call" and op.name.startswith(("ragged-dot", *PRODUCTS)) and "metadata" not in op.name
+
+
+def _estimate(op: "_Operation", what: str) -> float:
+    """What our own kernels say of themselves: `flops`, or `bytes_accessed`."""
+    found = re.search(rf'"cost_estimate":{{[^}}]*"{what}":"(\d+)"', op.text)
+    return float(found[1]) if found else 0.0
 
 
 def _grouped(op: "_Operation") -> float:
     """FLOPs of a grouped product, over all its rows."""
+    if op.name.startswith(PRODUCTS):
+        return _estimate(op, "flops")
     given = _ARRAY.findall(op.text.split("operand_layout_constraints={")[1].split("}}")[0])
     a, b = (_shape(shape) for _, shape in given[-2:])
     rows, width = a
@@ -153,6 +164,8 @@ def work(hlo: str) -> list[Work]:
             read = written = _hbm(op.result)
         elif op.kind == "dynamic-update-slice":
             read = written = _hbm(op.inputs[1])
+        elif op.kind == "custom-call" and op.name.startswith((*PRODUCTS, *MOVES)):  # of slots, those that are filled
+            read, written = _estimate(op, "bytes_accessed"), 0.0
         elif op.kind.endswith("-start"):  # (operands, results, …): both, once
             read, written = 0.0, _hbm(op.result)
         else:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
 from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -19,7 +20,8 @@ from emo_jax.kernels.experts import reference, routed_experts
 from emo_jax.kernels.experts.pallas_tpu import routed_experts_tpu
 from emo_jax.kernels.experts.slots import assign, num_tiles
 from emo_jax.kernels.experts.tpu_products import Sizes, best_sizes
-from emo_jax.kernels.experts.tpu_rows import pull, push
+from emo_jax.kernels.experts.tpu_rows import MOVES, pull, push
+from emo_jax.parallel.compiled import products, work
 from tests.kernels.test_experts import PATTERNS, SEEDS, assert_close, choose
 
 VMEM = 2**26
@@ -86,6 +88,45 @@ def test_rows_go_to_their_slots_and_their_sums_come_back(dtype, D):
     wanted_TD = (np.asarray(x_TD, np.float32) * held_CT.sum(0)[:, None]).astype(x_TD.dtype)
     np.testing.assert_array_equal(y_TD, wanted_TD)
     np.testing.assert_array_equal(scalars_TL[:, :C], np.where(held_CT, scalar_M[slot_CT], 0).T)
+
+
+def moved(width, choices, tokens, itemsize=2):
+    """Bytes of a dispatch and a combine, forward and backward, and the fewest possible: each row read and written once.
+
+    One dispatch takes 128 numbers a row along, one combine brings as many back; each token's are read, or written, too.
+    """
+    row, numbers = width * itemsize, 4 * 128
+    ways = 4 * (tokens + tokens * choices) * row
+    return ways + 2 * (tokens + tokens * choices) * numbers, ways
+
+
+def test_dmas_move_what_the_formula_says_and_at_most_a_fifth_more_than_the_fewest_bytes(monkeypatch):
+    """Counted in interpret mode: DMAs of rows, one by one. Blocks are read and written once by construction."""
+    T, C, D, M = 256, 3, 256, 900
+    sizes, read = [], interpreter.DMA.execute_read
+
+    def count(self):
+        first = self.data is None
+        read(self)
+        if first:
+            sizes.append(self.data_size)
+
+    monkeypatch.setattr(interpreter.DMA, "execute_read", count)
+    rng = np.random.default_rng(0)
+    slot_CT = rng.permutation(M)[: C * T].reshape(C, T).astype(np.int32)
+    x_TD, extra_TL = jnp.ones((T, D), jnp.bfloat16), jnp.ones((T, 128), jnp.float32)
+    scalar_ML = jnp.ones((M, 1, 128), jnp.float32)
+    for extra, scalars in ((None, scalar_ML), (extra_TL, None)):
+        rows_MW = push(x_TD, slot_CT, extra, slots=M, vmem=VMEM, interpret=INTERPRET)
+        row = rows_MW.shape[2] * 4
+        assert sizes == [row] * (T * C)
+        sizes.clear()
+        words_MW = rows_MW[:, :, : D // 2]
+        jax.block_until_ready(pull(words_MW, scalars, slot_CT, dtype=x_TD.dtype, vmem=VMEM, interpret=INTERPRET))
+        assert sum(sizes) == T * C * (D * 2 + (0 if scalars is None else 4 * 128))
+        sizes.clear()
+    ours, fewest = moved(2048, 7, 32768)
+    assert ours <= 1.2 * fewest
 
 
 # Values and gradients
@@ -167,6 +208,10 @@ def test_the_released_width_compiles_within_fast_memory_without_sort_scatter_or_
     # push, gated, to_rows, pull; push, gated_backward, outer twice, to_rows, pull.
     assert hlo.count('custom_call_target="tpu_custom_call"') == 10
     assert not any(f" {kind}(" in hlo for kind in ("sort", "scatter", "gather"))
+    # What the kernels tell the compiler: the formula's FLOPs, and for rows there and back the bytes counted above.
+    assert products(hlo).grouped == 18 * 4096 * 7 * 2048 * 1024
+    there_and_back = sum(one.traffic for one in work(hlo) if any(name in one.name for name in MOVES))
+    assert there_and_back == pytest.approx(moved(2048, 7, 4096)[0], rel=0.01)
 
 
 @pytest.mark.slow

@@ -15,6 +15,9 @@ from jax.experimental.pallas import tpu as pltpu
 from emo_jax.kernels.experts.slots import Tiles
 from emo_jax.kernels.experts.tpu_rows import IDS_FROM, LANES, like, pack, pull_bytes, unpack
 
+PRODUCTS = ("gated_product", "gated_product_backward", "product_to_rows", "weight_gradient")
+"""Names of the kernels."""
+
 
 class Sizes(NamedTuple):
     """How the products are cut, and what of fast memory they may take.
@@ -102,7 +105,7 @@ def _call(
     arguments: Sequence[Any],
     *,
     experts: int,
-    flops: int,
+    cost: tuple[int, int, int],
     sizes: Sizes,
     parts: int,
     in_specs: Sequence[pl.BlockSpec],
@@ -114,9 +117,10 @@ def _call(
 ) -> Any:
     """Runs a kernel on a grid of (parts of the result's columns, tiles); a chip's two cores share the parts.
 
-    `flops`: of a row; with them the compiler knows what can hide behind the kernel.
+    `cost`: FLOPs and bytes of a row, and bytes of weights, from which the compiler knows what can hide behind it.
     """
     count = len(tiles.expert_N)
+    full = (count - experts) * sizes.rows  # without the tiles that only half-filled ones need
     return pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -130,14 +134,14 @@ def _call(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=sizes.vmem
         ),
-        cost_estimate=pl.CostEstimate(
-            flops=flops * (count - experts) * sizes.rows,  # without the tiles that only half-filled ones need
-            bytes_accessed=sum(a.size * a.dtype.itemsize for a in [*arguments, *out_shape]),
-            transcendentals=0,
-        ),
+        cost_estimate=pl.CostEstimate(flops=cost[0] * full, bytes_accessed=cost[1] * full + cost[2], transcendentals=0),
         interpret=interpret,
         name=name,
     )(*tiles, *arguments)
+
+
+def _bytes(array: jax.Array) -> int:
+    return array.size * array.dtype.itemsize
 
 
 def _rows_spec(rows: int, *size: int) -> pl.BlockSpec:
@@ -215,7 +219,11 @@ def gated(
         tiles,
         (rows_MW, gate_RDF, up_RDF),
         experts=experts,
-        flops=4 * width * hidden,
+        cost=(
+            4 * width * hidden,
+            parts * rows_MW.shape[2] * 4 + hidden * dtype.itemsize * (3 if saved else 1),
+            2 * _bytes(gate_RDF),
+        ),
         sizes=sizes,
         parts=parts,
         in_specs=[_rows_spec(q, 1, rows_MW.shape[2]), weight, weight],
@@ -223,7 +231,7 @@ def gated(
         out_shape=shapes,
         scratch=[pltpu.VMEM((q, width), dtype)],
         interpret=interpret,
-        name="gated_product",
+        name=PRODUCTS[0],
     )
     return tuple(found)
 
@@ -279,7 +287,7 @@ def gated_backward(
         tiles,
         (rows_MW, down_RFD, gate_MF, up_MF, weight_N1Q),
         experts=experts,
-        flops=2 * width * hidden,
+        cost=(2 * width * hidden, (parts * width + 5 * hidden) * dtype.itemsize, _bytes(down_RFD)),
         sizes=sizes,
         parts=parts,
         in_specs=[
@@ -293,7 +301,7 @@ def gated_backward(
         out_shape=[*[like(rows_MW, (slots, hidden), dtype)] * 3, like(rows_MW, (parts, slots // q, 1, q), jnp.float32)],
         scratch=[pltpu.VMEM((q, width), dtype)],
         interpret=interpret,
-        name="gated_product_backward",
+        name=PRODUCTS[1],
     )
     return tuple(found)
 
@@ -355,14 +363,14 @@ def to_rows(
         tiles,
         arguments,
         experts=len(weights[0]),
-        flops=2 * count * width * f,
+        cost=(2 * count * width * f, (count * (width // d) * f + width) * dtype.itemsize, count * _bytes(weights[0])),
         sizes=sizes,
         parts=width // d,
         in_specs=in_specs,
         out_specs=out_specs,
         out_shape=shapes,
         interpret=interpret,
-        name="product_to_rows",
+        name=PRODUCTS[2],
     )
     return tuple(found)
 
@@ -424,12 +432,13 @@ def outer(
     else:
         spec = pl.BlockSpec((1, *shape), lambda part, n, expert, filled, used: (expert[n], part, 0))
         result = (experts, columns, width)
+    size = count * experts * width * columns * dtype.itemsize
     found = _call(
         kernel,
         tiles,
         (rows_MW, *hidden),
         experts=experts,
-        flops=2 * count * width * columns,
+        cost=(2 * count * width * columns, (columns // f * width + count * columns) * dtype.itemsize, size),
         sizes=sizes,
         parts=columns // f,
         in_specs=[_rows_spec(q, 1, row), *[_columns_spec(q, f)] * count],
@@ -437,6 +446,6 @@ def outer(
         out_shape=[like(rows_MW, result, dtype)] * count,
         scratch=[*(pltpu.VMEM(shape, jnp.float32) for _ in hidden), pltpu.VMEM((q, width), dtype)],
         interpret=interpret,
-        name="weight_gradient",
+        name=PRODUCTS[3],
     )
     return tuple(found)

@@ -24,6 +24,10 @@ IDS_FROM = 64
 """First lane of a row's expert ids; its weights come before. At most so many choices a token."""
 
 
+MOVES = ("push_rows", "pull_rows")
+"""Names of the kernels."""
+
+
 def pull_bytes(choices: int, words: int) -> int:
     """Fast memory that `pull` takes for rows of W words and a number each, results included."""
     return 2 * TOKENS * (choices + 1) * (words + LANES) * 4
@@ -119,9 +123,9 @@ def push(
         out_shape=like(x_TD, (slots, 1, row), jnp.uint32),
         scratch_shapes=[pltpu.VMEM((TOKENS, 1, row), jnp.uint32), pltpu.SemaphoreType.DMA],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=vmem),
-        cost_estimate=_cost(x_TD.size * x_TD.dtype.itemsize, slots * row * 4),
+        cost_estimate=_cost(x_TD.size * x_TD.dtype.itemsize, min(slot_CT.size, slots) * row * 4),
         interpret=interpret,
-        name="push_rows",
+        name=MOVES[0],
     )(slot_CT, x_TD, *extras)
 
 
@@ -254,8 +258,11 @@ def pull(
             pltpu.SemaphoreType.DMA((2,)),
         ],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=vmem),
-        cost_estimate=_cost(*(a.size * 4 for a in sources)),
+        cost_estimate=_cost(
+            *(blocks * TOKENS * size * jnp.dtype(kind).itemsize for size, kind in shapes),
+            *(min(slot_CT.size, len(rows_MW)) * size * 4 for size, _ in taken),
+        ),
         interpret=interpret,
-        name="pull_rows",
+        name=MOVES[1],
     )(slot_CT, slot_CT, *sources)
     return outs[0], outs[1] if len(sources) == 2 else None
