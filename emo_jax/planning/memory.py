@@ -105,7 +105,7 @@ def _kept(s: Shapes, experts: int) -> float:
     if model.remat == "none":
         kept += t * (4 + model.num_choices) * max(routed, LANES) * 4
         if s.chunks == 1:  # several chunks compute their products again
-            kept += s.buffer * (3 * model.d_expert + (d if s.ranks == 1 else 0)) * s.width
+            kept += s.buffer * (2 * model.d_expert + (d if s.ranks == 1 else 0)) * s.width
     elif model.remat == "dots":
         kept += t * max(routed, LANES) * 4
     if s.ranks > 1 and model.remat in ("none", "exchange"):
@@ -132,17 +132,17 @@ def _layer(s: Shapes, experts: int) -> dict[str, float]:
     if s.chunks > 1:
         count = 3.5 if s.kind == "all_to_all" else 2.5 if s.kind == "ring" else 2
         parts["rows of experts"] = UNROLL * (count * rows + (2 if s.kind == "here" else 3) * hidden)
-        parts["weights of experts and their gradients"] = (10 if s.kind == "here" else 9) / 3 * weights
+        parts["weights of experts and their gradients"] = (13 if s.kind == "here" else 9) / 3 * weights
         if s.kind == "all_to_all":
             parts["rows on their way"] = s.choices * d * s.width
     elif s.kind == "here":
         parts["rows of experts"] = 2 * rows + hidden
         parts["weights of experts and their gradients"] = 5 / 3 * weights
     else:
-        parts["rows of experts"] = 3 * (rows + hidden)
+        parts["rows of experts"] = (3.5 if s.kind == "all_to_all" else 3) * rows + 3 * hidden
         parts["weights of experts and their gradients"] = 2 * weights
     if s.kind == "ring":
-        parts["rows on their way"] = (model.num_choices + 1) * s.ring_rows()
+        parts["rows on their way"] = s.ring_rows()
     return parts
 
 
@@ -154,5 +154,5 @@ def _experts_forward(s: Shapes, experts: int) -> dict[str, float]:
     rows = s.expert_rows() + s.buffer * s.model.d_expert * s.width
     parts: dict[str, float] = {"weights of experts": s.expert_weights(experts), "rows of experts": rows}
     if s.kind == "ring":
-        parts["rows on their way"] = at_once * (s.model.num_choices + 1) * s.ring_rows()
+        parts["rows on their way"] = at_once * s.ring_rows()
     return parts

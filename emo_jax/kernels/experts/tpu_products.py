@@ -112,12 +112,14 @@ def _call(
     out_specs: Sequence[pl.BlockSpec],
     out_shape: Sequence[Any],
     scratch: Sequence[Any] = (),
+    replaced: Sequence[int] = (),
     interpret: Any,
     name: str,
 ) -> Any:
     """Runs a kernel on a grid of (parts of the result's columns, tiles); a chip's two cores share the parts.
 
     `cost`: FLOPs and bytes of a row, and bytes of weights, from which the compiler knows what can hide behind it.
+    `replaced`: arguments whose memory the first results take, block by block.
     """
     count = len(tiles.expert_N)
     full = (count - experts) * sizes.rows  # without the tiles that only half-filled ones need
@@ -135,6 +137,7 @@ def _call(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=sizes.vmem
         ),
         cost_estimate=pl.CostEstimate(flops=cost[0] * full, bytes_accessed=cost[1] * full + cost[2], transcendentals=0),
+        input_output_aliases={len(tiles) + place: result for result, place in enumerate(replaced)},
         interpret=interpret,
         name=name,
     )(*tiles, *arguments)
@@ -300,6 +303,7 @@ def gated_backward(
         out_specs=[*[_columns_spec(q, f)] * 3, numbers],
         out_shape=[*[like(rows_MW, (slots, hidden), dtype)] * 3, like(rows_MW, (parts, slots // q, 1, q), jnp.float32)],
         scratch=[pltpu.VMEM((q, width), dtype)],
+        replaced=(2, 3),  # gate x and up x, of which nothing is needed once their gradients are known
         interpret=interpret,
         name=PRODUCTS[1],
     )
