@@ -60,6 +60,7 @@ def ours(geometry: str, experts: int, rows: int, variant: str):
 
 def theirs(geometry: str, experts: int, rows: int):
     """The same of OlmoeForCausalLM, with as many experts a token."""
+    sys.path.pop(0)  # this folder, whose files have names of packages that transformers looks for
     import torch
     from transformers import OlmoeConfig, OlmoeForCausalLM
 

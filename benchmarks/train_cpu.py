@@ -128,6 +128,7 @@ def ours(geometry: str, label: str) -> None:
 
 def olmoe(geometry: str) -> None:
     """The worker of (c), transformers' OlmoeForCausalLM with fused AdamW and clipping; it knows no documents."""
+    sys.path.pop(0)  # this folder, whose files have names of packages that transformers looks for
     import torch
     from transformers import OlmoeConfig, OlmoeForCausalLM
 

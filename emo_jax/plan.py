@@ -45,7 +45,7 @@ def main() -> int:
     run.validate()
     require(
         topology.compiles or _COMPILE.value <= 0,
-        f"--compile={_COMPILE.value}: the program of a GPU is compiled by the GPU; drop the flag.",
+        f"--compile={_COMPILE.value}: GPUs are planned by formulas alone; drop the flag.",
     )
     planner = Planner(topology)
     return _search(planner, run) if _SEARCH.value else _plan(planner, run)

@@ -61,7 +61,7 @@ class Topology(NamedTuple):
 
     @property
     def compiles(self) -> bool:
-        """Whether a program can be compiled for it here: for TPUs; a GPU's compiler needs the GPU."""
+        """Whether a program can be compiled for it here: for TPUs; GPUs are planned by formulas alone."""
         return self.chip.torus > 0
 
 

@@ -10,13 +10,15 @@ import jax.numpy as jnp
 
 from emo_jax.errors import require_choice
 from emo_jax.kernels.experts import dispatch as ops
+from emo_jax.kernels.experts import gpu_products
 from emo_jax.kernels.experts.libraries import PRODUCTS, Product
+from emo_jax.kernels.experts.pallas_gpu import routed_experts_gpu
 from emo_jax.kernels.experts.pallas_tpu import routed_experts_tpu
 from emo_jax.kernels.experts.reference import reference
 from emo_jax.kernels.experts.streamed import streamed
 from emo_jax.kernels.experts.tpu_products import best_sizes
 
-IMPLEMENTATIONS = ("blocked", "ragged", "megablox", "tokamax", "pallas_tpu", "streamed", "reference")
+IMPLEMENTATIONS = ("blocked", "ragged", "megablox", "tokamax", "pallas_tpu", "pallas_gpu", "streamed", "reference")
 
 BLOCK = 64
 """Rows a block on CPU: the fastest of 32, 64 and 128 (BUILD_NOTES.md)."""
@@ -26,7 +28,7 @@ STREAMED_TOKENS = 64
 
 def default_implementation(platform: str) -> str:
     """The fastest formulation for many tokens on a "cpu", "gpu" or "tpu"; measured reasons in BUILD_NOTES.md."""
-    return {"cpu": "blocked", "tpu": "pallas_tpu"}.get(platform, "ragged")
+    return {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}.get(platform, "blocked")
 
 
 def best_implementation(tokens: int) -> str:
@@ -55,8 +57,9 @@ def routed_experts(
       weights_TC: float32 (or wider) weight of each choice.
       gate_RDF, up_RDF, down_RFD: expert weights, in the dtype of `x_TD` (any dtype with `streamed`).
       implementation: `blocked` (groups padded to blocks, each with a copy of its expert's weights),
-        `ragged` (`jax.lax.ragged_dot`), `megablox`, `tokamax` (kernels of those libraries), `pallas_tpu` (our kernels
-        for TPU; bfloat16 or float32, D a multiple of 256 or 128, F of 128; other arrays go to `ragged`), `streamed`
+        `ragged` (`jax.lax.ragged_dot`: on CPU and GPU every expert on every row), `megablox`, `tokamax` (kernels of
+        those libraries), `pallas_tpu` (our kernels for TPU; bfloat16 or float32, D a multiple of 256 or 128, F of 128),
+        `pallas_gpu` (for GPU; D and F multiples of 64; both hand arrays that they do not take to `ragged`), `streamed`
         (one chosen expert after another: reads their weights alone, fit for a few tokens), `reference`; None: the best
         for the platform and so many tokens.
       filled: the most choices that have an expert, where the caller knows it: buffers are no larger. None: all may.
@@ -77,6 +80,10 @@ def routed_experts(
         most = indices_TC.size if filled is None else min(filled, indices_TC.size)
         if sizes := best_sizes(most, experts, indices_TC.shape[1], width, hidden, x_TD.dtype):
             return routed_experts_tpu(*arguments, sizes=sizes, filled=filled)
+        implementation = "ragged"
+    if implementation == "pallas_gpu":
+        if cuts := gpu_products.best_sizes(gate_RDF.shape[1], gate_RDF.shape[2], x_TD.dtype):
+            return routed_experts_gpu(*arguments, sizes=cuts, filled=filled)
         implementation = "ragged"
     y_MD, plan = _outputs(*arguments, implementation, filled)
     return ops.combine(y_MD, plan)
