@@ -4,17 +4,20 @@ Letters: B rows, S sequence, D model, R routed experts, F expert hidden, G docum
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from emo_jax.kernels.experts import best_implementation, routed_experts
+from emo_jax.kernels.routing import default_implementation
 from emo_jax.model.config import ModelConfig, PoolConfig
 from emo_jax.model.layers import FeedForward, weight
 from emo_jax.model.routing import Kept, PoolDraws, Routing, route
-from emo_jax.parallel import MeshConfig, map_experts, product
+from emo_jax.parallel import TOKENS, MeshConfig, map_experts, product
 
 
 class RoutedExperts(nnx.Module):
@@ -74,19 +77,22 @@ class MixtureOfExperts(nnx.Module):
           kept: a subset of the experts, or None for all.
         """
         with jax.named_scope("router"):
-            routing = route(
-                self.router_logits(x_BSD, mesh),
-                document_ids_BS,
+            decide = functools.partial(
+                route,
                 choices=self.config.num_choices,
                 normalize=self.config.normalize_top_k,
                 pool=pool,
-                size_BG=draws.size_BLG[:, layer] if draws else None,
-                seed_BG2=draws.seed_BLG[:, layer] if draws else None,
-                voters_BS=voters_BS,
                 documents=documents,
-                kept=kept,
                 always_active=self.always_active,
             )
+            draw: dict[str, Any] = {}
+            if draws is not None:
+                draw = {"size_BG": draws.size_BLG[:, layer], "seed_BG2": draws.seed_BLG[:, layer]}
+            logits_BSR = self.router_logits(x_BSD, mesh)
+            if voters_BS is None and kept is None:
+                routing = _by_rows(decide, mesh)(logits_BSR, document_ids_BS, **draw)
+            else:
+                routing = decide(logits_BSR, document_ids_BS, voters_BS=voters_BS, kept=kept, **draw)
 
         weights = [w[...] for w in (self.routed.gate, self.routed.up, self.routed.down)]
         implementation = implementation or best_implementation(document_ids_BS.size)
@@ -101,3 +107,26 @@ class MixtureOfExperts(nnx.Module):
             with jax.named_scope("shared"):
                 y_BSD += jnp.where(document_ids_BS[..., None] > 0, self.shared(x_BSD, mesh), 0)
         return y_BSD, routing._replace(load_NC=load)
+
+
+def _by_rows(decide: Callable[..., Routing], mesh: Mesh | None) -> Callable[..., Routing]:
+    """On TPUs with whole rows, `decide` by a kernel, each device for its own rows; else itself, for the compiler."""
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    implementation = default_implementation(platform)
+    if implementation == "xla" or (mesh is not None and mesh.shape["context"] > 1):
+        return decide
+    decide = functools.partial(decide, implementation=implementation)
+    if mesh is None or mesh.size == 1:
+        return decide
+
+    def mapped(logits_BSR: jax.Array, document_ids_BS: jax.Array, **draw: jax.Array) -> Routing:
+        def local(logits_BSR: jax.Array, document_ids_BS: jax.Array, draw: dict[str, jax.Array]) -> Routing:
+            return decide(logits_BSR, document_ids_BS, **draw)
+
+        # check_vma, of which the kernel knows nothing, guards what devices share: here all that goes in and comes out
+        # is of single rows, the totals too, so no value and no gradient is a sum over devices.
+        rows = PartitionSpec(TOKENS[0])
+        run = jax.shard_map(local, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
+        return run(logits_BSR, document_ids_BS, draw)
+
+    return mapped

@@ -1,7 +1,7 @@
 """Which experts does a token use? Document pools, top-k, and the losses that keep the router healthy.
 
-The paper's method (arXiv 2605.06663, section 3), without meshes or kernels. Letters: B rows, S sequence,
-G documents a row, R routed experts, C choices a token, L mixture layers. Document ids run 1..G; id 0 is a
+The paper's method (arXiv 2605.06663, section 3), without meshes, and to be read without kernels. Letters: B rows,
+S sequence, G documents a row, R routed experts, C choices a token, L mixture layers. Document ids run 1..G; id 0 is a
 token that no router counts and no expert sees.
 """
 
@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from emo_jax.errors import require_choice
+from emo_jax.kernels.routing import IMPLEMENTATIONS, fits, fused_routing
 from emo_jax.model.config import PoolConfig
 
 DECISIONS = "decisions"
@@ -171,6 +173,7 @@ def route(
     documents: int = 1,
     kept: Kept | None = None,
     always_active: tuple[int, ...] = (),
+    implementation: str = "xla",
 ) -> Routing:
     """Pools, top-C and the sums that losses and metrics need, of one layer.
 
@@ -185,10 +188,16 @@ def route(
       documents: G, needed without a pool (for the statistics of documents).
       kept: a subset of the experts; None: all.
       always_active: experts that every token chooses, at the weight that the router gives them.
+      implementation: `xla`: the lines below. `pallas_tpu`: a kernel that does as they do and reads the logits once; it
+        takes whole rows of float32 without voters, subsets or always active experts, and leaves others to the lines.
     """
+    require_choice("implementation", implementation, IMPLEMENTATIONS)
     experts = logits_BSR.shape[-1]
     always_R = jnp.isin(jnp.arange(experts), jnp.array(always_active, jnp.int32))
     documents = documents if size_BG is None else size_BG.shape[-1]
+    whole = voters_BS is None and kept is None and not always_active
+    if implementation == "pallas_tpu" and whole and fits(logits_BSR, documents):
+        return _fused(logits_BSR, document_ids_BS, choices, normalize, pool, size_BG, seed_BG2, documents)
     dtype = logits_BSR.dtype
     routed_BS = document_ids_BS > 0
     document_BSG = jax.nn.one_hot(document_ids_BS - 1, documents, dtype=dtype)  # id 0: a row of zeros
@@ -262,6 +271,56 @@ def route(
         in_pool_BGR,
         totals,
     )
+
+
+def _fused(
+    logits_BSR: jax.Array,
+    document_ids_BS: jax.Array,
+    choices: int,
+    normalize: bool,
+    pool: PoolConfig | None,
+    size_BG: jax.Array | None,
+    seed_BG2: jax.Array | None,
+    documents: int,
+) -> Routing:
+    """`route`, by a kernel; what is one number a document is added up here."""
+    experts, dtype, score_BGR = logits_BSR.shape[-1], logits_BSR.dtype, None
+    if pool is None or pool.kind == "none":
+        pool, size_BG = None, None
+    elif pool.kind == "random":
+        assert seed_BG2 is not None, "a random pool needs its seed"
+        score_BGR = random_scores(seed_BG2, experts)
+    fused = fused_routing(
+        logits_BSR,
+        document_ids_BS,
+        choices=choices,
+        documents=documents,
+        normalize=normalize,
+        size_BG=size_BG,
+        score_BGR=score_BGR,
+        forced=pool.forced if pool else 0,
+        name=DECISIONS,
+    )
+    routed_BS = document_ids_BS > 0
+    length_BG = (document_ids_BS[..., None] == jnp.arange(1, documents + 1).reshape(1, 1, -1)).astype(dtype).sum(1)
+    exists_BG = length_BG > 0
+    size_BG = jnp.full_like(length_BG, experts) if size_BG is None else jnp.minimum(size_BG, experts)
+    mean_p_BGR = fused.sum_p_BGR / jnp.maximum(length_BG, 1)[..., None]
+    totals = RoutingTotals(
+        tokens_B=routed_BS.astype(dtype).sum(1),
+        documents_B=exists_BG.astype(dtype).sum(1),
+        counts_BR=fused.chosen_BGR.sum(1),
+        weights_BR=fused.weights_BR,
+        z_B=jnp.where(routed_BS, jnp.square(fused.z_BS), 0).sum(1),
+        token_entropy_B=jnp.where(routed_BS, fused.entropy_BS, 0).sum(1),
+        document_entropy_B=jax.scipy.special.entr(mean_p_BGR).sum((1, 2)),
+        pool_mass_B=jnp.where(fused.in_pool_BGR, fused.sum_p_BGR, 0).sum((1, 2)),
+        pool_size_B=jnp.where(exists_BG, size_BG, 0).astype(dtype).sum(1),
+        pool_min_B=jnp.where(exists_BG, size_BG, experts).astype(dtype).min(1),
+        pool_max_B=jnp.where(exists_BG, size_BG, 0).astype(dtype).max(1),
+        unique_B=(fused.chosen_BGR > 0).astype(dtype).sum((1, 2)),
+    )
+    return Routing(fused.indices_BSC, fused.weights_BSC, logits_BSR, fused.in_pool_BGR, totals)
 
 
 def _largest(logits_BSR: jax.Array, choices: int) -> jax.Array:
