@@ -1,6 +1,7 @@
 """Every test runs on CPU, split into four simulated devices where it asks for more than one."""
 
 import os
+import signal
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # before jax starts: compile-only TPU plugins must not be asked for devices
@@ -19,6 +20,9 @@ import jax
 
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# A job in a shell's background ignores Ctrl-C, and so would the programs that it starts and that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 LONGEST = (
     "tests/training/test_invariance.py",
