@@ -27,8 +27,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from emo_jax.kernels.experts import dispatch as ops
 from emo_jax.kernels.experts import routed_experts
-from emo_jax.kernels.experts.tpu_products import best_sizes
 from emo_jax.kernels.experts.tpu_rows import MOVES
+from emo_jax.kernels.experts.tpu_sizes import best_sizes
 from emo_jax.kernels.routing import default_implementation as routing_implementation
 from emo_jax.model.config import PoolConfig
 from emo_jax.model.routing import Routing, route

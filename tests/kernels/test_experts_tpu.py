@@ -19,8 +19,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from emo_jax.kernels.experts import reference, routed_experts
 from emo_jax.kernels.experts.pallas_tpu import routed_experts_tpu
 from emo_jax.kernels.experts.slots import assign, num_tiles
-from emo_jax.kernels.experts.tpu_products import Sizes, best_sizes
 from emo_jax.kernels.experts.tpu_rows import MOVES, pull, push
+from emo_jax.kernels.experts.tpu_sizes import Sizes, best_sizes
 from emo_jax.parallel.compiled import products, work
 from tests.kernels.test_experts import PATTERNS, SEEDS, assert_close, choose
 

@@ -14,8 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from emo_jax.kernels.experts.gpu_rows import call, span, triton
-from emo_jax.kernels.experts.slots import Tiles
-from emo_jax.kernels.experts.tpu_rows import like
+from emo_jax.kernels.experts.slots import Tiles, like
 
 LEAST = 64
 """D and F are multiples of this: fewer columns a program would leave tensor cores idle."""

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from emo_jax.kernels.experts.tpu_rows import like
+from emo_jax.kernels.experts.slots import like
 
 MOVED = 4096
 """Most values of its tokens that a program of `push` or `pull` holds at once."""

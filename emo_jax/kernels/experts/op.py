@@ -10,13 +10,12 @@ import jax.numpy as jnp
 
 from emo_jax.errors import require_choice
 from emo_jax.kernels.experts import dispatch as ops
-from emo_jax.kernels.experts import gpu_products
+from emo_jax.kernels.experts import gpu_products, tpu_sizes
 from emo_jax.kernels.experts.libraries import PRODUCTS, Product
 from emo_jax.kernels.experts.pallas_gpu import routed_experts_gpu
 from emo_jax.kernels.experts.pallas_tpu import routed_experts_tpu
 from emo_jax.kernels.experts.reference import reference
 from emo_jax.kernels.experts.streamed import streamed
-from emo_jax.kernels.experts.tpu_products import best_sizes
 
 IMPLEMENTATIONS = ("blocked", "ragged", "megablox", "tokamax", "pallas_tpu", "pallas_gpu", "streamed", "reference")
 
@@ -78,7 +77,7 @@ def routed_experts(
     if implementation == "pallas_tpu":
         experts, width, hidden = gate_RDF.shape
         most = indices_TC.size if filled is None else min(filled, indices_TC.size)
-        if sizes := best_sizes(most, experts, indices_TC.shape[1], width, hidden, x_TD.dtype):
+        if sizes := tpu_sizes.best_sizes(most, experts, indices_TC.shape[1], width, hidden, x_TD.dtype):
             return routed_experts_tpu(*arguments, sizes=sizes, filled=filled)
         implementation = "ragged"
     if implementation == "pallas_gpu":

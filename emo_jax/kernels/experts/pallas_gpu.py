@@ -7,6 +7,7 @@ Letters: T tokens, C choices a token, R routed experts, D width, F expert hidden
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,17 +51,8 @@ def routed_experts_gpu(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def _experts(
-    x_TD: jax.Array,
-    weights_TC: jax.Array,
-    gate_RDF: jax.Array,
-    up_RDF: jax.Array,
-    down_RFD: jax.Array,
-    slots: Slots,
-    sizes: Sizes,
-    interpret: bool,
-) -> jax.Array:
-    return _forward(x_TD, weights_TC, gate_RDF, up_RDF, down_RFD, slots, sizes, interpret, saved=False)[0]
+def _experts(*arguments: Any) -> jax.Array:
+    return _forward(*arguments, saved=False)[0]
 
 
 def _forward(
@@ -72,6 +64,7 @@ def _forward(
     slots: Slots,
     sizes: Sizes,
     interpret: bool,
+    *,
     saved: bool = True,
 ) -> tuple[jax.Array, tuple]:
     options = {"sizes": sizes, "interpret": interpret}

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from emo_jax.kernels.experts.slots import Slots, assign
-from emo_jax.kernels.experts.tpu_products import Sizes, gated, gated_backward, outer, to_rows
+from emo_jax.kernels.experts.tpu_products import gated, gated_backward, outer, to_rows
 from emo_jax.kernels.experts.tpu_rows import IDS_FROM, pull, push
+from emo_jax.kernels.experts.tpu_sizes import Sizes
 
 
 def routed_experts_tpu(
@@ -39,18 +40,7 @@ def routed_experts_tpu(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
-def _experts(
-    x_TD: jax.Array,
-    weights_TC: jax.Array,
-    indices_TC: jax.Array,
-    gate_RDF: jax.Array,
-    up_RDF: jax.Array,
-    down_RFD: jax.Array,
-    slots: Slots,
-    sizes: Sizes,
-    interpret: Any,
-) -> jax.Array:
-    arguments = (x_TD, weights_TC, indices_TC, gate_RDF, up_RDF, down_RFD, slots, sizes, interpret)
+def _experts(*arguments: Any) -> jax.Array:
     return _forward(*arguments, saved=False)[0]
 
 
@@ -64,6 +54,7 @@ def _forward(
     slots: Slots,
     sizes: Sizes,
     interpret: Any,
+    *,
     saved: bool = True,
 ) -> tuple[jax.Array, tuple]:
     number = len(slots.tiles.expert_N) * sizes.rows

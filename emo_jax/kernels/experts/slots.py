@@ -3,13 +3,13 @@
 Letters: T tokens, C choices a token, R routed experts, M slots, N tiles, Q rows a tile, P tokens counted together.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 RANKED = 128
-"""Tokens that are counted together, by one product with a triangle of ones."""
+"""Tokens that are counted together, by one product with a triangle of ones; assigned slots are of whole such blocks."""
 
 
 class Tiles(NamedTuple):
@@ -80,3 +80,8 @@ def assign(indices_TC: jax.Array, experts: int, rows: int, filled: int | None = 
     here_NR = expert_N[:, None] == expert_R[None]
     left_N = jnp.where(here_NR, count_R[None] - (n_N[:, None] - first_R[None]) * rows, 0).sum(1, dtype=jnp.int32)
     return Slots(slot_CT, Tiles(expert_N, jnp.clip(left_N, 0, rows), used[None]))
+
+
+def like(x: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    """A result's shape, which varies over the mesh axes that `x` varies over."""
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(x).manual_axis_type)

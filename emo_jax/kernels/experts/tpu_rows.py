@@ -16,14 +16,14 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from emo_jax.kernels.experts.slots import RANKED, like
+
 LANES = 128
 """Columns of a vector register."""
-TOKENS = 128
+TOKENS = RANKED
 """P: tokens whose rows are on their way at once; twice that many choices' rows lie in fast memory while they return."""
 IDS_FROM = 64
 """First lane of a row's expert ids; its weights come before. At most so many choices a token."""
-
-
 MOVES = ("push_rows", "pull_rows")
 """Names of the kernels."""
 
@@ -63,11 +63,6 @@ def pack(values: jax.Array, dtype: Any, into: Any) -> None:
         starts = [(part * each + i) * LANES for i in range(each)]
         halves = [values[:, start : start + LANES] for start in starts]
         into[:, 0, part * LANES : (part + 1) * LANES] = packed(halves, dtype)
-
-
-def like(x: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-    """A result's shape, which varies over the mesh axes that `x` varies over."""
-    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(x).manual_axis_type)
 
 
 @functools.partial(jax.jit, static_argnames=("slots", "vmem", "interpret"))
