@@ -168,6 +168,8 @@ def work(hlo: str) -> list[Work]:
             read, written = _estimate(op, "bytes_accessed"), 0.0
         elif op.kind.endswith("-start"):  # (operands, results, …): both, once
             read, written = 0.0, _hbm(op.result)
+        elif op.kind == "call-update" and op.name.startswith("gather"):  # by a sparse core: ((operands), what is taken)
+            read = written = _hbm(op.result.rpartition(")")[0].rpartition("), ")[2])
         else:
             read, written = sum(map(_hbm, op.inputs)), _hbm(op.result)
         named = re.search(r'op_name="([^"]*)"', op.text)

@@ -142,3 +142,17 @@ ENTRY %main (x: f32[8]) -> f32[8] {
     moved = {op.name: op.traffic for op in work(hlo)}
     assert moved["y"] == 4 * (1024 + 16)
     assert moved["z"] == 4 * 8, "what lies in another memory space is not read from HBM"
+
+
+def test_a_gather_of_a_sparse_core_reads_what_it_takes():
+    hlo = """
+ENTRY %main (x: f32[1024,8], i: s32[16]) -> f32[16,8] {
+  %x = f32[1024,8]{1,0:T(8,128)} parameter(0)
+  %i = s32[16]{0} parameter(1)
+  %start = ((), (), (s32[1]{0:T(128)S(2)})) call-start(), async_execution_thread="sparsecore", to_apply=%called
+  %gather_start.update = ((f32[1024,8]{1,0:T(8,128)}, s32[16]{0}), f32[16,8]{1,0:T(8,128)}) call-update(%start, %x, %i)
+  ROOT %gather_done = f32[16,8]{1,0:T(8,128)} call-done(%gather_start.update)
+}
+"""
+    moved = {op.name: op.traffic for op in work(hlo)}
+    assert moved["gather_start.update"] == 2 * 16 * 8 * 4
