@@ -131,7 +131,7 @@ def _layer(s: Shapes, experts: int) -> dict[str, float]:
     rows, hidden, weights = s.expert_rows(), s.buffer * model.d_expert * s.width, s.expert_weights(experts)
     if s.chunks > 1:
         count = 3.5 if s.kind == "all_to_all" else 2.5 if s.kind == "ring" else 2
-        parts["rows of experts"] = UNROLL * (count * rows + (2 if s.kind == "here" else 3) * hidden)
+        parts["rows of experts"] = UNROLL * (count * rows + (3 if s.kind == "all_to_all" else 2) * hidden)
         parts["weights of experts and their gradients"] = (13 if s.kind == "here" else 9) / 3 * weights
         if s.kind == "all_to_all":
             parts["rows on their way"] = s.choices * d * s.width
@@ -139,7 +139,7 @@ def _layer(s: Shapes, experts: int) -> dict[str, float]:
         parts["rows of experts"] = 2 * rows + hidden
         parts["weights of experts and their gradients"] = 5 / 3 * weights
     else:
-        parts["rows of experts"] = (3.5 if s.kind == "all_to_all" else 3) * rows + 3 * hidden
+        parts["rows of experts"] = 3.5 * rows + 3 * hidden if s.kind == "all_to_all" else 2.5 * rows + 2 * hidden
         parts["weights of experts and their gradients"] = 2 * weights
     if s.kind == "ring":
         parts["rows on their way"] = s.ring_rows()
