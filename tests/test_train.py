@@ -115,6 +115,9 @@ def test_a_run_ends_with_the_loss_of_each_domain_and_a_report(whole):
     evaluated = {line["step"]: line["heldout"]["loss"] for line in metrics(workdir) if "heldout" in line}
     assert list(evaluated) == [20, 40, 60]
     assert evaluated[60] < evaluated[20] < np.log(300)
+    structure = metrics(workdir)[-1]["heldout"]["structure"]
+    assert structure["names"] == sorted(WORDS)
+    assert all(0 < share < 1 for share in structure["information"])
     assert list((workdir / "tensorboard").glob("events*"))
 
 

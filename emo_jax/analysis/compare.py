@@ -13,11 +13,37 @@ from emo_jax.analysis.report import write_page
 from emo_jax.analysis.run import Run, Series, human, smooth
 from emo_jax.errors import require
 
+_STRUCTURE = ("heldout", "structure")
 _ROUTING = (
-    ("load_max_over_mean", "Busiest expert", "× the mean load", "Mean over the layers; 1 would be perfectly even."),
-    ("token_entropy", "Entropy of a token's routing", "nats", "Mean over the layers."),
-    ("document_entropy", "Entropy of a document's routing", "nats", "Mean over the layers; lower is more modular."),
-    ("experts_per_document", "Experts used by a document", "routed experts", "Mean over the layers."),
+    (
+        *(
+            _STRUCTURE,
+            "information",
+            "Information of an expert about the domain",
+            "share of H(expert), held-out documents",
+        ),
+        "Mean over the layers, less what shuffled domains give; 0 means that experts ignore domains.",
+    ),
+    (
+        *(_STRUCTURE, "similarity", "Likeness of domains", "held-out documents"),
+        "Mean over the layers of the cosine of two domains' use of experts; lower is more modular.",
+    ),
+    (
+        ("routing",),
+        "load_max_over_mean",
+        "Busiest expert",
+        "× the mean load",
+        "Mean over the layers; 1 would be perfectly even.",
+    ),
+    (("routing",), "token_entropy", "Entropy of a token's routing", "nats", "Mean over the layers."),
+    (
+        ("routing",),
+        "document_entropy",
+        "Entropy of a document's routing",
+        "nats",
+        "Mean over the layers; lower is more modular.",
+    ),
+    (("routing",), "experts_per_document", "Experts used by a document", "routed experts", "Mean over the layers."),
 )
 
 
@@ -41,7 +67,8 @@ def compare_runs(run_dirs: Sequence[Path], out: Path) -> Path:
     def overlay(figure: str, keys: tuple[str, ...], smoothed: bool = False, **options: Any) -> str:
         curves = []
         for run, name, colour in zip(runs, names, colours, strict=True):
-            data = run.layer_series(keys[1]) if keys[0] == "routing" else run.series(*keys)
+            by_layer = keys[:-1] in (("routing",), _STRUCTURE)
+            data = run.layer_series(keys[-1], keys[:-1]) if by_layer else run.series(*keys)
             values = data.values.mean(axis=1) if data.values.ndim == 2 else data.values
             if smoothed and len(values) >= 60:
                 values = smooth(values, max(5, len(values) // 50))
@@ -81,8 +108,9 @@ def compare_runs(run_dirs: Sequence[Path], out: Path) -> Path:
     ]
     if any(run.layers for run in runs):
         cards = [
-            page.card(title, overlay(metric, ("routing", metric), smoothed=True), caption, unit=unit)
-            for metric, title, unit, caption in _ROUTING
+            page.card(title, body, caption, unit=unit)
+            for where, metric, title, unit, caption in _ROUTING
+            if (body := overlay(metric, (*where, metric), smoothed=where == ("routing",)))
         ]
         parts.append(page.section("Routing", "Runs without experts are left out.", cards, legend))
     parts.append(page.section("Configuration", "Fields in which the runs differ.", [_differences(runs, names)]))

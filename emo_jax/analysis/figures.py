@@ -220,6 +220,28 @@ def load_heatmap(name: str, loads: Sequence[Sequence[float]], labels: Sequence[s
     return _fragment(name, figure, 60 + min(max(26 * len(loads), 90), 620))
 
 
+def use_heatmap(name: str, use_ZR: Sequence[Sequence[float]], labels: Sequence[str]) -> str:
+    """Use of experts over an even share, domains × experts, those of a domain side by side, as an HTML fragment."""
+    use = np.array(use_ZR, dtype=np.float32)
+    order = np.lexsort((-use.max(axis=0), use.argmax(axis=0)))
+    figure = go.Figure(
+        go.Heatmap(
+            z=use[:, order],
+            y=[shorten(label, 22) for label in labels],
+            customdata=np.broadcast_to(order, use.shape),
+            colorscale=NATS_COLOURS,
+            zmin=0,
+            zmax=4,
+            ygap=1,
+            hovertemplate="%{y}, expert %{customdata}<br>%{z:.2f} × an even share<extra></extra>",
+            showscale=False,
+        )
+    )
+    figure.update_xaxes(title={"text": "routed experts", "standoff": 6}, showticklabels=False, ticks="", showgrid=False)
+    figure.update_yaxes(autorange="reversed", automargin=True, showgrid=False)
+    return _fragment(name, figure, 70 + 20 * len(use))
+
+
 def shorten(text: str, length: int) -> str:
     """`text`, cut with an ellipsis where it is longer."""
     return text if len(text) <= length else text[: length - 1] + "…"

@@ -30,7 +30,7 @@ def write_report(run_dir: Path) -> Path:
     if run.records:
         parts += [sections.alarms(run), sections.loss(run), sections.domains(run)]
         if run.layers:
-            parts += [routing_sections.load(run), routing_sections.pools(run)]
+            parts += [routing_sections.load(run), routing_sections.structure(run), routing_sections.pools(run)]
         parts += [routing_sections.health(run), sections.speed(run)]
     evaluated = read_evaluation(run_dir)
     if evaluated:

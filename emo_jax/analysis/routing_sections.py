@@ -5,7 +5,18 @@ from typing import Any
 import numpy as np
 
 from emo_jax.analysis import page
-from emo_jax.analysis.figures import BLUE, GREY, LOAD_COLOURS, Curve, Rule, layer_colours, line_figure, load_heatmap
+from emo_jax.analysis.figures import (
+    BLUE,
+    GREY,
+    LOAD_COLOURS,
+    NATS_COLOURS,
+    Curve,
+    Rule,
+    layer_colours,
+    line_figure,
+    load_heatmap,
+    use_heatmap,
+)
 from emo_jax.analysis.run import Run, Series, smooth
 from emo_jax.analysis.sections import pool_start, waiting
 
@@ -45,6 +56,48 @@ def load(run: Run) -> str:
     )
     lead = "Is every routed expert used? Shared experts see every token and are left out."
     return page.section("Expert load", lead, [heatmap, busiest, unused], _legend(run))
+
+
+def structure(run: Run) -> str:
+    """How far experts follow domains, over steps and at the last evaluation; empty where it was never logged."""
+    record = run.last_with("heldout", "structure")
+    if record is None:
+        return ""
+    last = record["heldout"]["structure"]
+    information = _card(
+        run,
+        "Information of an expert about the domain",
+        "information",
+        "How much the expert that a token chose tells of its document's domain, I(expert; domain) / H(expert), beyond "
+        "what it seems to tell where domains are shuffled among documents: 0 means that experts ignore domains. Part "
+        "of it is vocabulary; emo_jax.explore tells it apart.",
+        unit="held-out documents",
+        hover=".1%",
+        tickformat=".0%",
+        heldout=True,
+        rangemode="tozero",
+    )
+    similarity = _card(
+        run,
+        "Likeness of domains",
+        "similarity",
+        "Mean cosine of two domains' use of experts: 1 means that all use the same, 0 that none share any.",
+        unit="held-out documents",
+        heldout=True,
+    )
+    layers = np.unique(np.linspace(0, len(run.layers) - 1, 4).round().astype(int))
+    heatmaps = [
+        page.card(
+            f"Who uses which expert in layer {run.layers[layer]}",
+            use_heatmap(f"use{layer}", last["use"][layer], last["names"]),
+            f"At step {record['step']:,}, experts in the order of the domain that uses them most.",
+            wide=layer == layers[-1] and len(layers) % 2 == 1,
+        )
+        for layer in layers
+    ]
+    lead = "Do experts take sides? Domains are only looked at here: training never sees them."
+    scale = page.colour_scale("unused", "four times an even share or more", NATS_COLOURS)
+    return page.section("Domain structure", lead, [information, similarity, *heatmaps], _legend(run) + scale)
 
 
 def pools(run: Run) -> str:
@@ -176,11 +229,15 @@ def _card(
     smoothed: bool = False,
     before: tuple[Curve, ...] = (),
     rules: list[Rule] | None = None,
+    heldout: bool = False,
     **figure: Any,
 ) -> str:
-    """A figure of a routing metric / `scale`, one curve a mixture layer, drawn over the curves `before`."""
-    steps, values = run.layer_series(metric)
-    window = max(5, len(steps) // 50) if smoothed and len(steps) >= 60 else _window(run)
+    """A figure of a metric / `scale`, of training's routing or of held-out documents' structure.
+
+    One curve a mixture layer, drawn over the curves `before`.
+    """
+    steps, values = run.layer_series(metric, ("heldout", "structure") if heldout else ("routing",))
+    window = max(5, len(steps) // 50) if smoothed and len(steps) >= 60 else 1 if heldout else _window(run)
     if window > 1 and len(steps):
         values = np.stack([smooth(column, window) for column in values.T], axis=1)
     colours = layer_colours(len(run.layers))

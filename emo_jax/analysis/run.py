@@ -62,9 +62,9 @@ class Run:
         """The scalar at `keys` of every line that has it."""
         return self._series(keys, 0)
 
-    def layer_series(self, metric: str) -> Series:
-        """A routing metric, one value a mixture layer."""
-        return self._series(("routing", metric), len(self.layers))
+    def layer_series(self, metric: str, where: tuple[str, ...] = ("routing",)) -> Series:
+        """A metric of training's routing, or at other keys, one value a mixture layer."""
+        return self._series((*where, metric), len(self.layers))
 
     def last_with(self, *keys: str) -> Record | None:
         """The newest line that has a value at `keys`."""

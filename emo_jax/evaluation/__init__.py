@@ -1,5 +1,5 @@
 """How good is it? Held-out loss by domain, without document pools: likelihoods, comparable between models."""
 
-from emo_jax.evaluation.heldout import HeldoutLoss, Loss, make_heldout_loss
+from emo_jax.evaluation.heldout import Choices, HeldoutLoss, Loss, make_heldout_loss
 
-__all__ = ["HeldoutLoss", "Loss", "make_heldout_loss"]
+__all__ = ["Choices", "HeldoutLoss", "Loss", "make_heldout_loss"]

@@ -15,7 +15,7 @@ import grain
 import jax
 from jax.sharding import Mesh
 
-from emo_jax.analysis import human, write_report
+from emo_jax.analysis import domain_structure, human, write_report
 from emo_jax.config import Config
 from emo_jax.data import TokenStore, heldout_batches, prepare_store, train_batches
 from emo_jax.data.store import silent
@@ -244,6 +244,8 @@ class _Run:
         expert_load = line.get("routing", {}).pop("expert_load", None)
         if state is not None and self.heldout is not None:
             line["heldout"] = self.heldout.to_json()
+            if structure := domain_structure(self.heldout.choices, self.store.domains):
+                line["heldout"]["structure"] = structure
             if expert_load is not None:
                 line["routing"]["expert_load"] = expert_load
         line["timing"] = {"tokens_per_second": rate, "seconds": clock.total, "data_wait": clock.wait_share}

@@ -25,7 +25,7 @@ def test_a_comparison_shows_what_differs_and_what_came_of_it(runs, tmp_path):
     assert "emo" in text and "std" in text and "EMO" in text and "Standard MoE" in text
     assert "pool.kind" in text and "balance.weight" in text and "optimizer.learning_rate" not in text
     assert "do not compare" in text
-    assert len(figures(text)) == 8
+    assert len(figures(text)) == 10
     last = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-1] for run in runs]
     first, second = (line["heldout"]["domains"]["python"]["loss"] for line in last)
     assert f"{second:.3f} ({second - first:+.3f})" in text

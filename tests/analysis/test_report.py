@@ -93,6 +93,15 @@ def simulate(config: Config, *, every: int = 1, steps: int = 0, domains: dict[st
             tokens = sum(domain["tokens"] for domain in by_domain.values())
             mean = sum(domain["loss"] * domain["tokens"] for domain in by_domain.values()) / tokens
             line["heldout"] = {"loss": mean, "tokens": tokens, "domains": by_domain}
+            if routed:
+                use = [rng.gamma(1 + 3 * t, 1 / (1 + 3 * t), (len(domains), count)) for count in routed]
+                line["heldout"]["structure"] = {
+                    "names": list(domains),
+                    "information": (0.3 * t * (1 + 0.2 * layer)).tolist(),
+                    "chance": (0.02 + 0 * layer).tolist(),
+                    "similarity": (0.95 - 0.5 * t - 0.02 * layer).tolist(),
+                    "use": [part.round(3).tolist() for part in use],
+                }
         lines.append(line)
     return lines
 
@@ -127,7 +136,7 @@ def test_an_emo_runs_page_shows_its_numbers(tmp_path):
         assert name in text and f"{domain['loss']:.3f}" in text and f"{domain['tokens']:,}" in text
     assert "not a likelihood" in text and "uses no pool" in text
     assert "MFU 21" in text
-    assert len(figures(text)) == len(set(figures(text))) == 17
+    assert len(figures(text)) == len(set(figures(text))) == 22
     assert page.stat().st_size < 7e6
     assert stat.S_IMODE(page.stat().st_mode) == 0o644
     assert [path.name for path in page.parent.glob(".*")] == [], "a temporary file stayed"

@@ -109,11 +109,31 @@ def test_padding_and_rows_of_padding_change_nothing(params):
     assert padding_BS.all(1).any()
     for name, value in {"tokens": 3, "targets": 5, "positions": 7}.items():
         other[name][padding_BS] = value
-    assert evaluate()(params, [other]) == evaluate()(params, [batch])
+    ours, wanted = evaluate()(params, [other]), evaluate()(params, [batch])
+    assert ours == wanted
+    np.testing.assert_equal(ours.choices, wanted.choices)
+
+
+def test_choices_are_those_of_each_documents_tokens(params):
+    batches = [heldout_batch(seed) for seed in (0, 1)]
+    found = evaluate()(params, batches).choices
+    domain_M, count_MR = [], []
+    for batch in batches:
+        model = bind(RUN.model, params)
+        (routing,) = model(batch["tokens"], batch["document_ids"], batch["positions"], documents=tiny.G)[1]
+        for b, g in np.ndindex(batch["document_domains"].shape):
+            inside_S = batch["document_ids"][b] == g + 1
+            if inside_S.any():
+                domain_M.append(batch["document_domains"][b, g])
+                count_MR.append(np.bincount(routing.indices_BSC[b, inside_S].ravel(), minlength=7))
+    np.testing.assert_array_equal(found.domain_M, domain_M)
+    np.testing.assert_array_equal(found.count_LMR, [count_MR])
+    assert 1 not in found.domain_M, "places without a document claim it"
 
 
 def test_four_devices_find_the_same_losses(params):
     ours, wanted = (evaluate(devices)(params, [heldout_batch(0)]) for devices in (4, 1))
+    np.testing.assert_equal(ours.choices, wanted.choices)
     np.testing.assert_allclose(ours.all, wanted.all, rtol=1e-12)
     assert ours.domains.keys() == wanted.domains.keys()
     for name, loss in wanted.domains.items():

@@ -59,3 +59,6 @@ def test_killed_and_preempted_it_goes_on_with_other_processes_as_if_undisturbed(
         values = [[line[name] for line in log] for log in (ours, wanted)]
         np.testing.assert_allclose(*values, rtol=2e-4, atol=2e-5)
     assert ours[-1]["heldout"]["loss"] == pytest.approx(wanted[-1]["heldout"]["loss"], rel=1e-5)
+    ours, wanted = (log[-1]["heldout"].get("structure") for log in (ours, wanted))
+    for use, other in zip(ours["use"], wanted["use"], strict=True):  # of the documents of all processes
+        np.testing.assert_allclose(use, other, atol=0.05)
