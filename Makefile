@@ -19,7 +19,7 @@ AHEAD_OF_TIME = TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test check bench clean
+.PHONY: help demo test check bench docs links vendor clean
 
 help:
 	@echo 'make demo    train a small EMO and a standard mixture, and cut both up; run it again to resume'
@@ -28,6 +28,9 @@ help:
 	@echo '               ARGS="-k routing -x"  MARKERS=slow'
 	@echo 'make check   formatting, lint and types, as CI checks them'
 	@echo 'make bench   run every benchmark in benchmarks/'
+	@echo 'make docs    build the documentation in docs/_build/html, strictly, and check its links'
+	@echo 'make links   check the addresses that it names elsewhere; needs the network'
+	@echo 'make vendor  rebuild the chart library of the explorer page from its lock file; needs npm'
 	@echo 'make clean   remove .venv, caches and build output; keeps runs/'
 	@echo 'Each makes .venv when it needs to, with a Python >= 3.12 that it finds or that you name: PYTHON=...'
 
@@ -71,6 +74,20 @@ bench: .venv/.installed-dev
 	[ -n "$$found" ] || echo 'There are no benchmarks in benchmarks/ yet.'; \
 	[ -z "$$failed" ] || { echo "Failed:$$failed" >&2; exit 1; }
 
+# From nothing: Sphinx warns only of pages that it reads anew.
+docs: .venv/.installed-docs
+	rm -rf docs/_build
+	JAX_PLATFORMS=cpu $(VENV_PYTHON) -m sphinx -W --keep-going -q -j auto docs docs/_build/html $(ARGS)
+	$(VENV_PYTHON) docs/check_links.py docs/_build/html
+	@echo 'Open docs/_build/html/index.html'
+
+links: .venv/.installed-docs
+	JAX_PLATFORMS=cpu $(VENV_PYTHON) -m sphinx -b linkcheck -q docs docs/_build/links $(ARGS)
+
+vendor:
+	cd emo_jax/analysis/assets/vendor && npm ci --ignore-scripts --no-audit --no-fund && node build.mjs
+	rm -rf emo_jax/analysis/assets/vendor/node_modules
+
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis docs/_build docs/notebooks
 	find . -path ./runs -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

