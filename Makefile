@@ -19,7 +19,7 @@ AHEAD_OF_TIME = TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test check bench docs links vendor clean
+.PHONY: help demo test check bench notebooks docs links vendor clean
 
 help:
 	@echo 'make demo    train a small EMO and a standard mixture, and cut both up; run it again to resume'
@@ -28,6 +28,7 @@ help:
 	@echo '               ARGS="-k routing -x"  MARKERS=slow'
 	@echo 'make check   formatting, lint and types, as CI checks them'
 	@echo 'make bench   run every benchmark in benchmarks/'
+	@echo 'make notebooks  execute the notebooks again, and save what they show'
 	@echo 'make docs    build the documentation in docs/_build/html, strictly, and check its links'
 	@echo 'make links   check the addresses that it names elsewhere; needs the network'
 	@echo 'make vendor  rebuild the chart library of the explorer page from its lock file; needs npm'
@@ -73,6 +74,9 @@ bench: .venv/.installed-dev
 	done; \
 	[ -n "$$found" ] || echo 'There are no benchmarks in benchmarks/ yet.'; \
 	[ -z "$$failed" ] || { echo "Failed:$$failed" >&2; exit 1; }
+
+notebooks: .venv/.installed-notebooks
+	JAX_PLATFORMS=cpu $(VENV_PYTHON) notebooks/execute.py $(ARGS)
 
 # From nothing: Sphinx warns only of pages that it reads anew.
 docs: .venv/.installed-docs

@@ -18,6 +18,8 @@ DOCS = [
     "myst-nb>=1.4,<2",  # pages in Markdown, and notebooks as they were saved
     "sphinx-copybutton>=0.5.2",
 ]
+# What runs notebooks without anyone looking on.
+EXECUTE = ["ipykernel>=6.29", "nbclient>=0.10", "nbformat>=5.10"]
 
 setup(
     name="emo_jax",
@@ -64,7 +66,7 @@ setup(
         "prepare": ["apache-beam>=2.70,<3"],
         "gcs": ["gcsfs>=2025.5"],
         "docs": DOCS,
-        "notebooks": ["jupyterlab>=4", "ipykernel>=6.29", "nbclient>=0.10"],
+        "notebooks": ["jupyterlab>=4", *EXECUTE],
         "dev": [
             "pytest>=8.4",
             "pytest-xdist>=3.7",
@@ -79,6 +81,7 @@ setup(
             "kubernetes-validate>=1.31",  # brings along jsonschema and PyYAML, which the manifests' tests use too
             "psutil>=6",
             *DOCS,  # a test builds them
+            *EXECUTE,  # and one runs the notebooks
             "lm_eval>=0.4.13",  # tests run the real one: a stand-in would not notice what it changes
             # Compiles for TPUs on a machine without one. libtpu has wheels for this platform only.
             f"jax[tpu]{JAX_RANGE}; sys_platform == 'linux' and platform_machine == 'x86_64'",

@@ -31,6 +31,7 @@ LONGEST = (
     "tests/test_train.py",
     "tests/training/test_against_oracle.py",
     "tests/launch/test_training.py",
+    "tests/test_notebooks.py",
 )
 """Files that take longest: first, so that no worker ends with one of them alone."""
 
