@@ -97,7 +97,8 @@ def explore(
         own, numbers = measure(reading, texts, clusters=clusters, prose=prose, seed=seed)
         models.append(Explored(reading, own, plain(numbers | {"saturation": saturated})))
     settings = {"clusters": clusters, "tokens": tokens, "documents": documents, "seed": seed, "prose": list(prose)}
-    described = {"path": data or f"held out by {names[0]}", "documents": len(texts), "documents_per_domain": dict(sorted(counts.items()))}
+    described = {"path": data or f"held out by {names[0]}", "documents": len(texts)}
+    described["documents_per_domain"] = dict(sorted(counts.items()))
     every = [model.numbers for model in models]
     for part, title in (("", "All text"), ("prose", "Prose alone")):
         if table := summary(every, title, part):
