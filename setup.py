@@ -53,7 +53,9 @@ setup(
         "huggingface_hub>=0.34",  # emo_jax.convert --from=owner/model; tokenizers brings it along too
         "tensorboardX>=2.6.4",
         "plotly>=6.3",
-        "scikit-learn>=1.6",  # emo_jax.explore: starts of k-means, and the scores that papers give; brings along SciPy
+        "scikit-learn>=1.6",  # emo_jax.explore: starts of k-means, and the scores that papers give
+        "scipy>=1.14",  # orders of experts; JAX and scikit-learn bring it along
+        "threadpoolctl>=3.5",  # clusters on one thread; scikit-learn brings it along
         "matplotlib>=3.10",  # its figures for papers, which no browser has to draw
         "zstandard>=0.23",
     ],
