@@ -1,8 +1,11 @@
 """The programs as their user runs them, and the small run that they are tried on."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
+
+import numpy as np
 
 from emo_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, PoolConfig, TrainConfig
 
@@ -24,3 +27,12 @@ def small_run(texts: Path, steps: int) -> Config:
         optimizer=OptimizerConfig(warmup_steps=2),
         train=TrainConfig(steps=steps, eval_every=0, checkpoint_every=steps),
     )
+
+
+def write_texts(file: Path, words: dict[str, str], number: int) -> None:
+    """JSON lines of texts, twelve words each, of domains that have words of their own."""
+    rng, lines = np.random.default_rng(0), []
+    for _ in range(number):
+        domain = str(rng.choice(sorted(words)))
+        lines.append({"text": " ".join(rng.choice(words[domain].split(), 12)), "domain": domain})
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))

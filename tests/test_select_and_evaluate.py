@@ -12,7 +12,7 @@ import emo_jax
 from emo_jax.errors import UserError
 from emo_jax.modularity import Subset, fingerprint
 from emo_jax.training import train
-from tests.mains import run_main, small_run
+from tests.mains import run_main, small_run, write_texts
 
 WORDS = {"cooking": "simmer onions butter stock salt pepper", "sailing": "skipper sheet keel wind rises mast"}
 
@@ -20,12 +20,8 @@ WORDS = {"cooking": "simmer onions butter stock salt pepper", "sailing": "skippe
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A trained run in `run`, and its texts."""
-    path, rng = tmp_path_factory.mktemp("select"), np.random.default_rng(0)
-    lines = []
-    for _ in range(120):
-        domain = str(rng.choice(sorted(WORDS)))
-        lines.append({"text": " ".join(rng.choice(WORDS[domain].split(), 12)), "domain": domain})
-    (path / "texts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    path = tmp_path_factory.mktemp("select")
+    write_texts(path / "texts.jsonl", WORDS, 120)
     train(small_run(path / "texts.jsonl", steps=12), path / "run", log=lambda text: None)
     return path
 

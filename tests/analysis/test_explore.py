@@ -17,7 +17,7 @@ from emo_jax.analysis.plots import write_figures
 from emo_jax.analysis.reading import Reading, Text
 from emo_jax.errors import UserError
 from emo_jax.training import train
-from tests.mains import run_main, small_run
+from tests.mains import run_main, small_run, write_texts
 
 WORDS = {
     "cooking": "simmer onions butter stock salt pepper the a",
@@ -29,12 +29,8 @@ WORDS = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A run of three checkpoints in `run`, and its texts."""
-    path, rng = tmp_path_factory.mktemp("explore"), np.random.default_rng(0)
-    lines = []
-    for _ in range(150):
-        domain = str(rng.choice(sorted(WORDS)))
-        lines.append({"text": " ".join(rng.choice(WORDS[domain].split(), 12)), "domain": domain})
-    (path / "texts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    path = tmp_path_factory.mktemp("explore")
+    write_texts(path / "texts.jsonl", WORDS, 150)
     config = small_run(path / "texts.jsonl", steps=30)
     config.train = dataclasses.replace(config.train, checkpoint_every=10, checkpoints_kept=3)
     train(config, path / "run", log=lambda text: None)
