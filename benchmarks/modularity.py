@@ -22,7 +22,7 @@ import gzip
 import itertools
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -305,14 +305,25 @@ def verdict(results: dict[str, list[dict[str, Any]]]) -> list[str]:
     return lines
 
 
-def main() -> None:
-    """Trains what is not trained yet, measures what is not measured yet, prints the tables."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def study_flags(description: str, arms: Iterable[str]) -> argparse.ArgumentParser:
+    """What each study of these runs is asked with; `arms` are those by default."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--corpus", type=Path, help="folder of the texts")
     parser.add_argument("--out", type=Path, default=Path("runs/modularity"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=1000, help="of 4096 tokens")
-    parser.add_argument("--arms", default=",".join(ARMS), help=f"of {', '.join(ARMS | SEARCH)}")
+    parser.add_argument("--arms", default=",".join(arms), help=f"of {', '.join(ARMS | SEARCH)}")
+    return parser
+
+
+def run_folder(out: Path, arm: str, seed: int) -> Path:
+    """Where the run of an arm lies."""
+    return out / f"{arm.replace(' ', '_')}-{seed}"
+
+
+def main() -> None:
+    """Trains what is not trained yet, measures what is not measured yet, prints the tables."""
+    parser = study_flags(__doc__.splitlines()[0], ARMS)
     parser.add_argument("--documents", type=int, default=TEST_DOCUMENTS, help="test documents of a domain")
     args = parser.parse_args()
     if args.corpus is None:
@@ -323,7 +334,7 @@ def main() -> None:
     results: dict[str, list[dict[str, Any]]] = {}
     for seed, name in itertools.product(range(args.seeds), args.arms.split(",")):
         config = configure((ARMS | SEARCH)[name], args.corpus, args.out, args.steps, seed)
-        folder = args.out / f"{name.replace(' ', '_')}-{seed}"
+        folder = run_folder(args.out, name, seed)
         file = folder / "retention.json"
         if not file.exists():
             start = time.perf_counter()

@@ -9,14 +9,14 @@ mixture's, and better than chance, on English prose too. Both standard mixtures 
 EMO's balance weight, 0.1; with 0.01 the held-out loss is lower, and experts are freer to take sides without pools, too.
 """
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from modularity import ARMS, ENGLISH, configure
+from modularity import ARMS, ENGLISH, SEARCH, configure, run_folder, study_flags
 
+COMPARED = ("emo", "standard", "standard with balance 0.01", "emo with pools 3 to 32")
 ROWS = (
     ("token clusters, NMI", lambda m: m["clusters"]["nmi"]),
     ("the same, documents permuted", lambda m: m["clusters"]["permuted"]["nmi"][0]),
@@ -51,13 +51,7 @@ def measured(run: Path, corpus: Path) -> dict[str, Any]:
 
 def main() -> None:
     """Trains and measures what is missing, prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--corpus", type=Path, help="folder of the texts")
-    parser.add_argument("--out", type=Path, default=Path("runs/modularity"))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=1000, help="of 4096 tokens")
-    parser.add_argument("--arms", default="emo,standard,standard with balance 0.01,emo with pools 3 to 32")
-    args = parser.parse_args()
+    args = study_flags(__doc__.splitlines()[0], COMPARED).parse_args()
     if args.corpus is None:
         print("Needs texts of labelled domains: --corpus=DIR with train.jsonl.gz and heldout.jsonl.gz.")
         return
@@ -66,10 +60,12 @@ def main() -> None:
     results: dict[str, list[dict[str, Any]]] = {}
     for arm in args.arms.split(","):
         for seed in range(args.seeds):
-            run = args.out / f"{arm.replace(' ', '_')}-{seed}"
+            run = run_folder(args.out, arm, seed)
             file = run / "specialisation.json"
             if not file.exists():
-                train(configure(ARMS[arm], args.corpus, args.out, args.steps, seed), run, log=lambda text: None)
+                train(
+                    configure((ARMS | SEARCH)[arm], args.corpus, args.out, args.steps, seed), run, log=lambda text: None
+                )
                 file.write_text(json.dumps(measured(run, args.corpus)))
             results.setdefault(arm, []).append(json.loads(file.read_text()))
     for part in ("", "prose"):

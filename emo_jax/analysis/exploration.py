@@ -231,9 +231,7 @@ def model_names(paths: Sequence[str]) -> list[str]:
 def _heldout(run: Path) -> Iterator[Document]:
     """The held-out documents of a run, as far as it kept them."""
     store, _ = run_store(run)
-    split, tokenizer = first_documents(store.heldout, store.domains), store.tokenizer()
-    for start, stop, domain in zip(split.offsets, split.offsets[1:], split.domains, strict=False):
-        yield Document(tokenizer.decode(split.tokens[start:stop].tolist()), store.domains[domain])
+    return store.documents(first_documents(store.heldout, store.domains))
 
 
 def _saturation_of_run(

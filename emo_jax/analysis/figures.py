@@ -242,6 +242,11 @@ def use_heatmap(name: str, use_ZR: Sequence[Sequence[float]], labels: Sequence[s
     return _fragment(name, figure, 70 + 20 * len(use))
 
 
+def some(layers: int) -> list[int]:
+    """Four of so many layers, from the first to the last, where all would be too many to show; all of four or fewer."""
+    return np.unique(np.linspace(0, layers - 1, 4).round().astype(int)).tolist()
+
+
 def shorten(text: str, length: int) -> str:
     """`text`, cut with an ellipsis where it is longer."""
     return text if len(text) <= length else text[: length - 1] + "…"

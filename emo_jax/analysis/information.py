@@ -84,7 +84,7 @@ def expert_information(
         return np.repeat(code_N, choices) * experts + expert_O
 
     def about(code_N: np.ndarray) -> float:
-        return entropy + _entropy(code_N) - _entropy(with_expert(code_N))
+        return of_experts + _entropy(code_N) - _entropy(with_expert(code_N))
 
     def beyond_token(domain_N: np.ndarray) -> float:
         pair_N = token_N * domains + domain_N
@@ -92,13 +92,13 @@ def expert_information(
 
     def corrected(bits: float, shuffled: Iterator[float]) -> dict[str, float]:
         chance = float(np.mean([*shuffled]))
-        return {"bits": bits, "chance": chance, "share": (bits - chance) / max(entropy, 1e-12)}
+        return {"bits": bits, "chance": chance, "share": (bits - chance) / max(of_experts, 1e-12)}
 
-    entropy, with_token = _entropy(expert_O), _entropy(with_expert(token_N))
+    of_experts, with_token = _entropy(expert_O), _entropy(with_expert(token_N))
     draws = range(_SHUFFLES)
     others = (rng.permutation(labels.domain_M)[labels.document_N] for _ in draws)
     return {
-        "entropy": entropy,
+        "entropy": of_experts,
         "domain": corrected(about(domain_N), map(about, others)),
         "token": corrected(about(token_N), (about(rng.permutation(token_N)) for _ in draws)),
         "domain_given_token": corrected(
@@ -115,7 +115,12 @@ def _exchanged(token_N: np.ndarray, labels: Labels, rng: np.random.Generator) ->
     return labels.domain_M[pairs % documents][shuffled][pair_N]
 
 
+def entropy(counts: np.ndarray) -> float:
+    """Of what so many observations fell on, in bits."""
+    share = counts[counts > 0] / counts.sum()
+    return float(-(share * np.log2(share)).sum())
+
+
 def _entropy(code_N: np.ndarray) -> float:
     """Of the codes' frequencies, in bits."""
-    frequency = np.unique(code_N, return_counts=True)[1] / len(code_N)
-    return float(-(frequency * np.log2(frequency)).sum())
+    return entropy(np.unique(code_N, return_counts=True)[1])

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from emo_jax.analysis.figures import shorten
+from emo_jax.analysis.figures import shorten, some
 
 _COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#999999")
 """Of models: Okabe and Ito's, which colour-blind readers tell apart too."""
@@ -28,8 +28,6 @@ _STYLE: Any = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "emo_jax",  # equal numbers, equal files
 }
-_LAYERS = 4
-"""Shown where all would be too many."""
 
 Numbers = dict[str, Any]
 
@@ -61,7 +59,7 @@ def _figures(models: Sequence[Numbers]) -> Iterator[tuple[str, Figure]]:
 
 def _experts(model: Numbers) -> Figure:
     """Share of each domain's tokens that choose each expert, experts by block."""
-    shown, domains = _some(model["layers"]), model["domains"]
+    shown, domains = some(len(model["layers"])), model["domains"]
     most = max(np.max(model["layers"][layer]["use"]) for layer in shown)
     figure = Figure((9, 0.8 + len(shown) * (0.55 + 0.16 * len(domains))), layout="constrained")
     grid = figure.subplots(len(shown), 1, squeeze=False)[:, 0]
@@ -86,16 +84,16 @@ def _experts(model: Numbers) -> Figure:
 
 def _similarity(models: Sequence[Numbers]) -> Figure:
     """Cosine of domains' mean probabilities, on one colour range."""
-    columns = max(len(_some(model["layers"])) for model in models)
+    columns = max(len(some(len(model["layers"]))) for model in models)
     domains = max(len(model["domains"]) for model in models)
     least = min(np.min(layer["similarity"]) for model in models for layer in model["layers"])
     size = max(0.16 * domains, 1.4)
     figure = Figure((3 + columns * (size + 0.2), 2 + len(models) * (size + 0.35)), layout="constrained")
     grid = figure.subplots(len(models), columns, squeeze=False)
     for place, (row, model) in enumerate(zip(grid, models, strict=True)):
-        for axes in row[len(_some(model["layers"])) :]:
+        for axes in row[len(some(len(model["layers"]))) :]:
             axes.set_visible(False)
-        for axes, layer in zip(row, _some(model["layers"]), strict=False):
+        for axes, layer in zip(row, some(len(model["layers"])), strict=False):
             numbers = model["layers"][layer]
             image = _heatmap(axes, np.array(numbers["similarity"]), "viridis", least, 1, aspect="equal")
             axes.set_title(f"layer {layer}, mean {numbers['similarity_mean']:.2f}")
@@ -218,10 +216,6 @@ def _heatmap(axes: Axes, matrix: np.ndarray, colours: str, low: float, high: flo
         spine.set_visible(False)
     axes.tick_params(length=2)
     return axes.imshow(matrix, cmap=colours, vmin=low, vmax=high, aspect=aspect, interpolation="nearest")
-
-
-def _some(layers: Sequence[Numbers]) -> list[int]:
-    return np.unique(np.linspace(0, len(layers) - 1, _LAYERS).round().astype(int)).tolist()
 
 
 def _labels(domains: Sequence[str]) -> list[str]:

@@ -15,6 +15,7 @@ from emo_jax.analysis.figures import (
     layer_colours,
     line_figure,
     load_heatmap,
+    some,
     use_heatmap,
 )
 from emo_jax.analysis.run import Run, Series, smooth
@@ -85,7 +86,7 @@ def structure(run: Run) -> str:
         unit="held-out documents",
         heldout=True,
     )
-    layers = np.unique(np.linspace(0, len(run.layers) - 1, 4).round().astype(int))
+    layers = some(len(run.layers))
     heatmaps = [
         page.card(
             f"Who uses which expert in layer {run.layers[layer]}",

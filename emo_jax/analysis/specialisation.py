@@ -6,7 +6,6 @@ Letters: N tokens, M documents, D domains, R routed experts, C choices of a toke
 from typing import Any
 
 import numpy as np
-from scipy.special import entr
 
 from emo_jax.analysis.reading import Labels, Reading, document_means
 from emo_jax.errors import require
@@ -32,6 +31,8 @@ def layers(reading: Reading, labels: Labels) -> list[dict[str, Any]]:
       lift, together [R, R]: see `coactivation`.
       order, block [R]: see `blocks`.
     """
+    from scipy.special import entr  # here, because it takes a third of a second to import
+
     result = []
     for probability_NR, chosen_NC, means_MR in zip(
         reading.probability_LNR, reading.chosen_LNC, document_means(reading), strict=True
@@ -41,8 +42,7 @@ def layers(reading: Reading, labels: Labels) -> list[dict[str, Any]]:
         mean_DR = np.array([probability_NR[group_N].mean(axis=0, dtype=np.float64) for group_N in groups])
         use_DR = np.array([_shares(chosen_NC[group_N], experts) for group_N in groups])
         effective_M = np.exp(entr(means_MR).sum(axis=1))
-        similarity_DD = _cosines(mean_DR)
-        apart_DD = ~np.eye(len(domains), dtype=bool)
+        similarity_DD, similarity = likeness(mean_DR)
         lift_RR, together_RR = coactivation(chosen_NC, experts)
         order_R, block_R = blocks(lift_RR, chosen_NC.shape[1])
         share, top_tokens = vocabulary(chosen_NC, reading.token_N, reading.pieces, experts)
@@ -54,7 +54,7 @@ def layers(reading: Reading, labels: Labels) -> list[dict[str, Any]]:
                 "coverage": (mean_DR > 1 / experts).sum(axis=1),
                 "entropy": entr(mean_DR).sum(axis=1) / np.log(2),
                 "similarity": similarity_DD,
-                "similarity_mean": float(similarity_DD[apart_DD].mean()) if len(domains) > 1 else None,
+                "similarity_mean": similarity,
                 "effective": np.array([effective_M[labels.domain_M == domain].mean() for domain in domains]),
                 "vocabulary": share,
                 "top_tokens": top_tokens,
@@ -166,6 +166,9 @@ def _shares(chosen_NC: np.ndarray, experts: int) -> np.ndarray:
     return np.bincount(chosen_NC.ravel(), minlength=experts) / len(chosen_NC)
 
 
-def _cosines(mean_DR: np.ndarray) -> np.ndarray:
-    unit_DR = mean_DR / np.linalg.norm(mean_DR, axis=1, keepdims=True)
-    return unit_DR @ unit_DR.T
+def likeness(use_DR: np.ndarray) -> tuple[np.ndarray, float | None]:
+    """Cosines of domains' use of experts [D, D], and their mean off the diagonal; None for one domain."""
+    unit_DR = use_DR / np.linalg.norm(use_DR, axis=1, keepdims=True)
+    cosine_DD = unit_DR @ unit_DR.T
+    apart_DD = ~np.eye(len(cosine_DD), dtype=bool)
+    return cosine_DD, float(cosine_DD[apart_DD].mean()) if apart_DD.any() else None

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from emo_jax.analysis.information import entropy
+from emo_jax.analysis.specialisation import likeness
 from emo_jax.evaluation import Choices
 
 SHUFFLES = 16
@@ -36,41 +38,25 @@ def domain_structure(choices: Choices, domains: Sequence[str], seed: int = 0) ->
     if not count_LMR or len(found_Z) < 2:
         return None
     rng = np.random.default_rng(seed)
-    permuted = [rng.permutation(place_M) for _ in range(SHUFFLES)]
+    one_ZZ = np.eye(len(found_Z))
+    permuted = [one_ZZ[rng.permutation(place_M)].T for _ in range(SHUFFLES)]
     shown = np.sort(np.argsort(-size_Z, kind="stable")[:SHOWN])
     made: dict[str, Any] = {"names": [domains[found_Z[z]] for z in shown]}
     for count_MR in count_LMR:
-        use_ZR = _by_domain(count_MR, place_M, len(found_Z))
-        entropy = max(_entropy(use_ZR.sum(axis=0)), 1e-12)
-        by_chance = [_information(_by_domain(count_MR, places, len(found_Z))) for places in permuted]
-        chance = float(np.mean(by_chance)) / entropy
-        unit_ZR = use_ZR / np.maximum(np.linalg.norm(use_ZR, axis=1, keepdims=True), 1e-9)
-        cosine_ZZ = unit_ZR @ unit_ZR.T
-        even_Z1 = np.maximum(use_ZR.mean(axis=1, keepdims=True), 1e-9)
+        use_ZR = one_ZZ[place_M].T @ count_MR
+        of_experts = max(entropy(use_ZR.sum(axis=0)), 1e-12)
+        chance = float(np.mean([_information(other_ZM @ count_MR) for other_ZM in permuted])) / of_experts
         values = {
-            "information": _information(use_ZR) / entropy - chance,
+            "information": _information(use_ZR) / of_experts - chance,
             "chance": chance,
-            "similarity": float(cosine_ZZ[~np.eye(len(found_Z), dtype=bool)].mean()),
-            "use": np.round((use_ZR / even_Z1)[shown], 3).tolist(),
+            "similarity": likeness(use_ZR)[1],
+            "use": np.round((use_ZR / use_ZR.mean(axis=1, keepdims=True))[shown], 3).tolist(),
         }
         for name, value in values.items():
             made.setdefault(name, []).append(value)
     return made
 
 
-def _by_domain(count_MR: np.ndarray, place_M: np.ndarray, domains: int) -> np.ndarray:
-    """float64 [Z, R]."""
-    count_ZR = np.zeros((domains, count_MR.shape[1]))
-    np.add.at(count_ZR, place_M, count_MR)
-    return count_ZR
-
-
 def _information(count_ZR: np.ndarray) -> float:
-    """I of the two places of an observation: H(Z) + H(R) − H(Z, R)."""
-    return _entropy(count_ZR.sum(axis=0)) + _entropy(count_ZR.sum(axis=1)) - _entropy(count_ZR.ravel())
-
-
-def _entropy(count: np.ndarray) -> float:
-    """Of the counts' shares, in nats."""
-    p = count[count > 0] / count.sum()
-    return float(-(p * np.log(p)).sum())
+    """I of the two places of an observation: H(Z) + H(R) − H(Z, R), in bits."""
+    return entropy(count_ZR.sum(axis=0)) + entropy(count_ZR.sum(axis=1)) - entropy(count_ZR.ravel())

@@ -16,6 +16,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from emo_jax.data.config import DataConfig
+from emo_jax.data.documents import Document
 from emo_jax.data.sources import read_documents
 from emo_jax.data.spool import Spool
 from emo_jax.data.tokenizer import SAMPLE_BYTES, encode, load_tokenizer, train_tokenizer
@@ -127,6 +128,12 @@ class TokenStore:
 
             return Shards(self.manifest["prepared"], self.domains)
         return self._split("train")
+
+    def documents(self, split: Split) -> Iterator[Document]:
+        """Text and domain of each document of a split, as far as it was kept."""
+        tokenizer = self.tokenizer()
+        for start, stop, domain in zip(split.offsets, split.offsets[1:], split.domains, strict=False):
+            yield Document(tokenizer.decode(split.tokens[start:stop].tolist()), self.domains[domain])
 
     @functools.cached_property
     def heldout(self) -> Split:

@@ -58,10 +58,9 @@ class Texts:
             return self._read(self._data, documents)
         store, config = run_store(self._folder)
         split = first_documents(store.heldout, store.domains, documents)
-        tokenizer = store.tokenizer()
         sizes = dict.fromkeys(store.domains, 0)
-        for start, stop, domain in zip(split.offsets, split.offsets[1:], split.domains, strict=False):
-            sizes[store.domains[domain]] += len(tokenizer.decode(split.tokens[start:stop].tolist()).encode())
+        for document in store.documents(split):
+            sizes[document.domain] += len(document.text.encode())
         return domain_batches(split, store.domains, config, _BATCH), sizes
 
     def calibration(self, documents: int) -> dict[str, Batches]:
