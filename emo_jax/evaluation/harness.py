@@ -275,4 +275,4 @@ def _losses(
 ) -> tuple[jax.Array, jax.Array]:
     """As `token_losses`; what stands behind a row's length means nothing."""
     hidden_BSD = _hidden(config, params, tokens_BS, length_B, kept)
-    return token_losses(hidden_BSD, bind(config, params).head[...], targets_BS)
+    return token_losses(*bind(config, params).readout(hidden_BSD), targets_BS)

@@ -96,7 +96,7 @@ def make_heldout_loss(
             implementation=implementation,
             kept=kept,
         )
-        loss_BS, hit_BS = token_losses(hidden_BSD, model.head[...], batch["targets"], mesh)
+        loss_BS, hit_BS = token_losses(*model.readout(hidden_BSD), batch["targets"], mesh)
         domain_BS = jnp.take_along_axis(domains_BG, jnp.maximum(ids_BS - 1, 0), axis=1)
         weights_BSZ = jax.nn.one_hot(domain_BS, len(domains), dtype=loss_BS.dtype) * batch["loss_mask"][..., None]
         values_3BS = (loss_BS, hit_BS.astype(loss_BS.dtype), jnp.ones_like(loss_BS))

@@ -71,7 +71,8 @@ class Served:
         def losses(*arguments: Any) -> jax.Array:
             model, hidden_BSD, _ = run(*arguments)
             batch = arguments[1]
-            loss_BS, hit_BS = token_losses(hidden_BSD, model.head[...], batch["targets"])
+            features_BSD, head_DV = model.readout(hidden_BSD)
+            loss_BS, hit_BS = token_losses(features_BSD, head_DV, batch["targets"])
             counted_BS = batch["loss_mask"] & (batch["positions"] >= behind - 1)
             return jnp.stack([jnp.where(counted_BS, x, 0).sum() for x in (loss_BS, hit_BS, jnp.ones_like(loss_BS))])
 

@@ -1,8 +1,9 @@
-"""Causal attention within documents, with rotary positions.
+"""Attention within documents, causal or not, with rotary positions or without.
 
 Letters: B rows, S sequence, D model, H query heads, K key/value heads, N head width, M slots of a cache.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -12,7 +13,7 @@ from jax.sharding import Mesh
 
 from emo_jax.kernels.attention import default_implementation, document_attention
 from emo_jax.model.config import ModelConfig
-from emo_jax.model.layers import rms_norm, scale, weight
+from emo_jax.model.layers import add_bias, rms_norm, vector, weight
 from emo_jax.parallel import map_tokens, product
 
 
@@ -62,18 +63,21 @@ def cached_attention(query_B1HN: jax.Array, past: Past) -> jax.Array:
     return y_BKGN.reshape(rows, 1, heads, width)
 
 
-def _attend(q: jax.Array, k: jax.Array, v: jax.Array, document_ids_BS: jax.Array, mesh: Mesh | None) -> jax.Array:
+def _attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, document_ids_BS: jax.Array, mesh: Mesh | None, causal: bool
+) -> jax.Array:
     """`document_attention` of each device's own queries; where a row is in parts, all its keys come to each."""
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
     implementation = default_implementation(platform)
     parts = mesh.shape["context"] if mesh is not None else 1
+    attention = functools.partial(document_attention, implementation=implementation, causal=causal)
 
     def local(q: jax.Array, k: jax.Array, v: jax.Array, document_ids_BS: jax.Array) -> jax.Array:
         if parts == 1:
-            return document_attention(q, k, v, document_ids_BS, implementation=implementation)
+            return attention(q, k, v, document_ids_BS)
         k, v, document_ids_BS = (jax.lax.all_gather(a, "context", axis=1, tiled=True) for a in (k, v, document_ids_BS))
         part = (jax.lax.axis_index("context"), parts)
-        return document_attention(q, k, v, document_ids_BS, implementation=implementation, part=part)
+        return attention(q, k, v, document_ids_BS, part=part)
 
     # The compiler would gather all rows for a kernel. JAX's kernels do not declare over which mesh axes their results
     # vary, as check_vma asks; all arguments are tokens, so no gradient is a sum that the check would guard.
@@ -82,7 +86,7 @@ def _attend(q: jax.Array, k: jax.Array, v: jax.Array, document_ids_BS: jax.Array
 
 
 class Attention(nnx.Module):
-    """Multi-head (or grouped-query) self-attention without biases."""
+    """Multi-head (or grouped-query) self-attention."""
 
     def __init__(self, config: ModelConfig):
         d, h, k, n = config.d_model, config.num_heads, config.kv_heads, config.head_dim
@@ -91,8 +95,13 @@ class Attention(nnx.Module):
         self.value = weight(config, (d, k, n), ("embed", "heads", "head"))
         self.out = weight(config, (h, n, d), ("heads", "head", "embed"))
         self.theta, self.epsilon = config.rope_theta, config.norm_epsilon
+        self.rotary, self.causal = config.positions == "rotary", config.causal
+        if config.biases:
+            for name, heads in (("query", h), ("key", k), ("value", k)):
+                setattr(self, f"{name}_bias", weight(config, (heads, n), ("heads", "head")))
+            self.out_bias = vector(config)
         if config.qk_norm:
-            self.query_norm, self.key_norm = scale(config, h * n), scale(config, k * n)
+            self.query_norm, self.key_norm = vector(config, h * n), vector(config, k * n)
 
     def __call__(
         self,
@@ -107,16 +116,14 @@ class Attention(nnx.Module):
         With a past, S is 1, document ids do not matter, and the token's key and value are added to the cache. The
         mesh's platform, or else the default backend, chooses among the formulations of `kernels.attention`.
         """
-        q, k, v = (
-            product("bsd,dhn->bshn", x_BSD, w[...], ("embed", "heads", "head"), mesh)
-            for w in (self.query, self.key, self.value)
-        )
+        q, k, v = (self._heads(x_BSD, name, mesh) for name in ("query", "key", "value"))
         if hasattr(self, "query_norm"):
             q, k = (self._normalized(*pair) for pair in ((q, self.query_norm), (k, self.key_norm)))
-        q, k = (rotate(x, positions_BS, self.theta) for x in (q, k))
+        if self.rotary:
+            q, k = (rotate(x, positions_BS, self.theta) for x in (q, k))
         seen = KeyValues(k, v)
         if past is None:
-            y_BSHN = _attend(q, k, v, document_ids_BS, mesh)
+            y_BSHN = _attend(q, k, v, document_ids_BS, mesh, self.causal)
         else:
             added = (
                 jax.lax.dynamic_update_slice_in_dim(*pair, past.slot, axis=1)
@@ -124,7 +131,12 @@ class Attention(nnx.Module):
             )
             seen = KeyValues(*added)
             y_BSHN = cached_attention(q, past._replace(cached=seen))
-        return product("bshn,hnd->bsd", y_BSHN, self.out[...], ("heads", "head", "embed"), mesh), seen
+        y_BSD = product("bshn,hnd->bsd", y_BSHN, self.out[...], ("heads", "head", "embed"), mesh)
+        return add_bias(y_BSD, getattr(self, "out_bias", None)), seen
+
+    def _heads(self, x_BSD: jax.Array, name: str, mesh: Mesh | None) -> jax.Array:
+        y_BSHN = product("bsd,dhn->bshn", x_BSD, getattr(self, name)[...], ("embed", "heads", "head"), mesh)
+        return add_bias(y_BSHN, getattr(self, f"{name}_bias", None))
 
     def _normalized(self, x_BSHN: jax.Array, scale: nnx.Param) -> jax.Array:
         """RMSNorm over all heads together."""

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from emo_jax.model.config import ModelConfig
+from emo_jax.model.emergent import COSINE_SCALE
 from emo_jax.model.transformer import Transformer
 
 Parameters = dict[str, Any]
@@ -54,8 +55,8 @@ def logical_axes(config: ModelConfig) -> Parameters:
 def init_parameters(config: ModelConfig, seed: int, shardings: Parameters | None = None) -> Parameters:
     """Random initial parameters, each made where it lives: no device ever holds one whole that it only shares.
 
-    Matrices are normal with `init_std`, cut at three of it (public recipe: no scaling by depth or width);
-    vectors, the norms' scales, are ones.
+    Matrices are normal with `init_std`, cut at three of it (public recipe: no scaling by depth or width); vectors, the
+    norms' scales, are ones; biases are zeros. Neurons of a split layer stand in their order.
 
     Args:
       config: of the model.
@@ -63,22 +64,33 @@ def init_parameters(config: ModelConfig, seed: int, shardings: Parameters | None
       shardings: a `Sharding` for each; None: the default device.
     """
     key = jax.random.key(seed, impl="threefry2x32")
-    leaves, tree = jax.tree.flatten(abstract_parameters(config))
+    leaves, tree = jax.tree.flatten_with_path(abstract_parameters(config))
     places = jax.tree.leaves(shardings) if shardings else [None] * len(leaves)
     values = []
-    for i, (leaf, place) in enumerate(zip(leaves, places, strict=True)):
-        std = config.init_std if leaf.ndim > 1 else None
-        values.append(_initializer(leaf.shape, leaf.dtype, std, place)(jax.random.fold_in(key, i)))
+    for i, ((path, leaf), place) in enumerate(zip(leaves, places, strict=True)):
+        kind = initial_kind(path[-1].key, leaf.ndim)
+        std = config.init_std if kind == "normal" else 0.0
+        values.append(_initializer(leaf.shape, leaf.dtype, kind, std, place)(jax.random.fold_in(key, i)))
     return jax.tree.unflatten(tree, values)
 
 
+def initial_kind(name: str, dimensions: int) -> str:
+    """How a parameter of this name begins: `normal`, `ones`, `zeros`, `range`, or `scale` of a cosine gate."""
+    if name.endswith("_bias"):
+        return "zeros"
+    named = {"order": "range", "gate_scale": "scale"}
+    return named.get(name, "normal" if dimensions > 1 else "ones")
+
+
 @functools.cache
-def _initializer(shape: tuple[int, ...], dtype: Any, std: float | None, sharding: Any) -> Callable[..., jax.Array]:
+def _initializer(shape: tuple[int, ...], dtype: Any, kind: str, std: float, sharding: Any) -> Callable[..., jax.Array]:
     """Compiled once a shape: a threefry draw costs XLA's CPU backend a second, and layers repeat shapes."""
 
     def init(key: jax.Array) -> jax.Array:
-        if std is None:
-            return jnp.ones(shape, dtype)
-        return jax.random.truncated_normal(key, -3, 3, shape, dtype) * jnp.asarray(std, dtype)
+        if kind == "normal":
+            return jax.random.truncated_normal(key, -3, 3, shape, dtype) * jnp.asarray(std, dtype)
+        if kind == "range":
+            return jnp.arange(shape[0], dtype=dtype)
+        return jnp.full(shape, {"ones": 1, "zeros": 0, "scale": COSINE_SCALE[0]}[kind], dtype)
 
     return jax.jit(init, out_shardings=sharding)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
-from emo_jax.kernels.experts import best_implementation, routed_experts
+from emo_jax.kernels.experts import best_implementation, expert_norms, routed_experts
 from emo_jax.kernels.routing import default_implementation
 from emo_jax.model.config import ModelConfig, PoolConfig
 from emo_jax.model.layers import FeedForward, weight
@@ -86,7 +86,7 @@ class MixtureOfExperts(nnx.Module):
                 always_active=self.always_active,
             )
             draw: dict[str, Any] = {}
-            if draws is not None:
+            if draws is not None and pool is not None:
                 draw = {"size_BG": draws.size_BLG[:, layer], "seed_BG2": draws.seed_BLG[:, layer]}
             logits_BSR = self.router_logits(x_BSD, mesh)
             if voters_BS is None and kept is None:
@@ -107,6 +107,16 @@ class MixtureOfExperts(nnx.Module):
             with jax.named_scope("shared"):
                 y_BSD += jnp.where(document_ids_BS[..., None] > 0, self.shared(x_BSD, mesh), 0)
         return y_BSD, routing._replace(load_NC=load)
+
+    def choice_weights(self, routing: Routing) -> jax.Array:
+        """The weight of each choice's expert, [B, S, C]."""
+        return routing.weights_BSC
+
+    def expert_norms(self, x_BSD: jax.Array, indices_BSC: jax.Array) -> jax.Array:
+        """‖Expert(x)‖₂ of the chosen experts: [B, S, C], float32 or wider."""
+        weights = [w[...].astype(x_BSD.dtype) for w in (self.routed.gate, self.routed.up, self.routed.down)]
+        flat_TD, indices_TC = x_BSD.reshape(-1, x_BSD.shape[-1]), indices_BSC.reshape(-1, indices_BSC.shape[-1])
+        return expert_norms(flat_TD, indices_TC, *weights).reshape(indices_BSC.shape)
 
 
 def _by_rows(decide: Callable[..., Routing], mesh: Mesh | None) -> Callable[..., Routing]:

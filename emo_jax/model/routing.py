@@ -5,7 +5,7 @@ S sequence, G documents a row, R routed experts, C choices a token, L mixture la
 token that no router counts and no expert sees.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,10 +40,14 @@ class PoolDraws(NamedTuple):
     Attributes:
       size_BLG: int32, experts in the pool of each row's document, for every mixture layer.
       seed_BLG: uint32 [B, L, G, 2], key data of the expert order in `random` pools.
+      noise_BL2: uint32, key data of the noise on the gates of split layers; None: no noise.
+      noise_scale_B: its standard deviation, the same for all rows.
     """
 
-    size_BLG: jax.Array
-    seed_BLG: jax.Array
+    size_BLG: Any
+    seed_BLG: Any
+    noise_BL2: Any = None
+    noise_scale_B: Any = None
 
 
 class RoutingTotals(NamedTuple):
@@ -82,7 +86,8 @@ class Routing(NamedTuple):
     """What a layer's router decided.
 
     Attributes:
-      indices_BSC: int32 chosen experts, always active ones first, by falling weight; R for a token of document 0.
+      indices_BSC: int32 chosen experts, always active ones first, by falling weight; R for a token of document 0, and
+        with `partial` where there was no further expert to choose.
       weights_BSC: their weights, in the logits' precision; 0 for a token of document 0.
       logits_BSR: router logits z, unmasked.
       in_pool_BGR: bool, the experts that each document may use.
@@ -136,6 +141,17 @@ def draw_pools(
     return draws._replace(size_BLG=jnp.where(step >= pool.start_step, draws.size_BLG, experts))
 
 
+def draw_noise(
+    draws: PoolDraws | None, seed: int, step: jax.Array, scale: float, *, rows: int, layers: int
+) -> PoolDraws:
+    """A step's draws with those of the gates' noise too; they depend on what those of `draw_pools` do."""
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), step), 2**31)
+    keys_B = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(rows))
+    noise_BL2 = jax.vmap(lambda key: jax.random.bits(key, (layers, 2), jnp.uint32))(keys_B)
+    draws = draws or PoolDraws(None, None)
+    return draws._replace(noise_BL2=noise_BL2, noise_scale_B=jnp.full(rows, scale, jnp.float32))
+
+
 def choose_pool(score_BGR: jax.Array, size_BG: jax.Array, forced: int = 0) -> jax.Array:
     """The n experts with the largest score, ties to the lower index: bool [B, G, R].
 
@@ -173,6 +189,7 @@ def route(
     documents: int = 1,
     kept: Kept | None = None,
     always_active: tuple[int, ...] = (),
+    partial: bool = False,
     implementation: str = "xla",
 ) -> Routing:
     """Pools, top-C and the sums that losses and metrics need, of one layer.
@@ -188,6 +205,7 @@ def route(
       documents: G, needed without a pool (for the statistics of documents).
       kept: a subset of the experts; None: all.
       always_active: experts that every token chooses, at the weight that the router gives them.
+      partial: a pool or a subset may leave a token fewer than C experts; it then chooses those.
       implementation: `xla`: the lines below. `pallas_tpu`: a kernel that does as they do and reads the logits once; it
         takes whole rows of float32 without voters, subsets or always active experts, and leaves others to the lines.
     """
@@ -195,7 +213,7 @@ def route(
     experts = logits_BSR.shape[-1]
     always_R = jnp.isin(jnp.arange(experts), jnp.array(always_active, jnp.int32))
     documents = documents if size_BG is None else size_BG.shape[-1]
-    whole = voters_BS is None and kept is None and not always_active
+    whole = voters_BS is None and kept is None and not always_active and not partial
     if implementation == "pallas_tpu" and whole and fits(logits_BSR, documents):
         return _fused(logits_BSR, document_ids_BS, choices, normalize, pool, size_BG, seed_BG2, documents)
     dtype = logits_BSR.dtype
@@ -240,7 +258,12 @@ def route(
         w_BSR = jnp.where(kept.renormalized, w_BSR, jnp.where(masked_BSR > -jnp.inf, p_BSR, 0))
     # By logits, not by w: equal order, but no ties where exp underflows, so a masked expert is never chosen.
     wanted_BSR = jnp.where(always_R, jnp.inf, masked_BSR) if always_active else masked_BSR
-    indices_BSC = checkpoint_name(_largest(jax.lax.stop_gradient(wanted_BSR), choices), DECISIONS)
+    wanted_BSR = jax.lax.stop_gradient(wanted_BSR)
+    indices_BSC = _largest(wanted_BSR, choices)
+    if partial:
+        there_BSC = jnp.take_along_axis(wanted_BSR, indices_BSC, axis=-1) > -jnp.inf
+        indices_BSC = jnp.where(there_BSC, indices_BSC, experts)
+    indices_BSC = checkpoint_name(indices_BSC, DECISIONS)
     chosen_BSCR = jax.nn.one_hot(indices_BSC, experts, dtype=dtype)
     weights_BSC = (w_BSR[:, :, None, :] * chosen_BSCR).sum(-1)  # a gather whose transpose is not a scatter
     if normalize:

@@ -1,19 +1,21 @@
-"""The decoder: embedding, blocks of attention and feed-forward, head.
+"""The transformer: embedding, blocks of attention and feed-forward, head.
 
 Letters: B rows, S sequence, D model, V vocabulary, G documents a row, L mixture layers.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from emo_jax.errors import require
 from emo_jax.model.attention import Attention, KeyValues, Past
 from emo_jax.model.config import ModelConfig, PoolConfig
-from emo_jax.model.layers import FeedForward, rms_norm, scale, weight
+from emo_jax.model.emergent import EmergentExperts
+from emo_jax.model.layers import FeedForward, add_norm, apply_norm, vector, weight
 from emo_jax.model.moe import MixtureOfExperts
 from emo_jax.model.remat import REMAT
 from emo_jax.model.routing import Kept, PoolDraws, Routing
@@ -21,20 +23,24 @@ from emo_jax.parallel import MeshConfig, lookup
 
 
 class Block(nnx.Module):
-    """h = x + Attention(norm(x)); y = h + FeedForward(norm(h)); the feed-forward dense or a mixture.
+    """h = x + Attention(norm(x)); y = h + FeedForward(norm(h)); the feed-forward dense, split or a mixture.
 
-    With norms placed `post`: h = x + norm(Attention(x)); y = h + norm(FeedForward(h)).
+    With norms placed `post`: h = x + norm(Attention(x)); y = h + norm(FeedForward(h)). On the `sum`:
+    h = norm(x + Attention(x)); y = norm(h + FeedForward(h)).
     """
 
-    def __init__(self, config: ModelConfig, experts: int, always_active: tuple[int, ...] = ()):
-        self.epsilon, self.post = config.norm_epsilon, config.norm_placement == "post"
-        self.attention_norm = scale(config)
+    def __init__(self, config: ModelConfig, layer: int):
+        self.epsilon, self.placement = config.norm_epsilon, config.norm_placement
+        add_norm(self, config, "attention_norm")
         self.attention = Attention(config)
-        self.ffn_norm = scale(config)
+        add_norm(self, config, "ffn_norm")
+        experts = config.layer_experts[layer]
+        self.routes = experts > 0 or layer in config.split_layers
         if experts:
-            self.moe = MixtureOfExperts(config, experts - config.num_shared_experts, always_active)
+            mixtures = sum(count > 0 for count in config.layer_experts[:layer])
+            self.moe = MixtureOfExperts(config, experts - config.num_shared_experts, config.always_active(mixtures))
         else:
-            self.ffn = FeedForward(config, config.d_dense)
+            self.ffn = EmergentExperts(config, layer) if self.routes else FeedForward(config, config.d_dense)
 
     def __call__(
         self,
@@ -48,12 +54,17 @@ class Block(nnx.Module):
         """The residual stream after this block, its routing (None where dense), and what later tokens attend to."""
         x_BSD, read_BSD, seen = self.attend(x_BSD, document_ids_BS, positions_BS, past, mesh)
         decided = None
-        if hasattr(self, "moe"):
-            y_BSD, decided = self.moe(read_BSD, document_ids_BS, mesh=mesh, **routing)
+        if self.routes:
+            y_BSD, decided = self.routed(read_BSD, document_ids_BS, mesh=mesh, **routing)
         else:
             with jax.named_scope("dense"):
                 y_BSD = self.ffn(read_BSD, mesh)
-        return x_BSD + self._norm(y_BSD, self.ffn_norm, self.post), decided, seen
+        return self._added(x_BSD, y_BSD, "ffn_norm"), decided, seen
+
+    @property
+    def routed(self) -> MixtureOfExperts | EmergentExperts:
+        """The feed-forward of a block that routes tokens."""
+        return getattr(self, "moe", None) or cast("EmergentExperts", self.ffn)
 
     def attend(
         self,
@@ -64,14 +75,19 @@ class Block(nnx.Module):
         mesh: Mesh | None = None,
     ) -> tuple[jax.Array, jax.Array, KeyValues]:
         """The residual stream after attention, what the feed-forward reads of it, and what later tokens attend to."""
-        read_BSD = self._norm(x_BSD, self.attention_norm, not self.post)
+        read_BSD = self._norm(x_BSD, "attention_norm", self.placement == "pre")
         with jax.named_scope("attention"):
             y_BSD, seen = self.attention(read_BSD, document_ids_BS, positions_BS, past, mesh)
-        x_BSD = x_BSD + self._norm(y_BSD, self.attention_norm, self.post)
-        return x_BSD, self._norm(x_BSD, self.ffn_norm, not self.post), seen
+        x_BSD = self._added(x_BSD, y_BSD, "attention_norm")
+        return x_BSD, self._norm(x_BSD, "ffn_norm", self.placement == "pre"), seen
 
-    def _norm(self, x_BSD: jax.Array, scale: nnx.Param, here: bool) -> jax.Array:
-        return rms_norm(x_BSD, scale[...], self.epsilon) if here else x_BSD
+    def _added(self, x_BSD: jax.Array, y_BSD: jax.Array, norm: str) -> jax.Array:
+        """The residual stream with a layer's output."""
+        x_BSD += self._norm(y_BSD, norm, self.placement == "post")
+        return self._norm(x_BSD, norm, self.placement == "sum")
+
+    def _norm(self, x_BSD: jax.Array, name: str, here: bool) -> jax.Array:
+        return apply_norm(self, name, x_BSD, self.epsilon) if here else x_BSD
 
 
 @jax.custom_vjp
@@ -87,18 +103,27 @@ _gradients_together.defvjp(lambda *both: (both, None), lambda _, gradients: jax.
 
 
 class Transformer(nnx.Module):
-    """Pre-norm decoder with an untied head; parameters named as in `layers/00/moe/routed/gate`."""
+    """Blocks between an embedding and a head; parameters named as in `layers/00/moe/routed/gate`."""
 
     def __init__(self, config: ModelConfig):
         self.config = config
-        self.embedding = weight(config, (config.vocab_size, config.d_model), ("vocab", "embed"))
-        blocks, mixtures = {}, 0
-        for i, experts in enumerate(config.layer_experts):
-            blocks[f"{i:02d}"] = Block(config, experts, config.always_active(mixtures) if experts else ())
-            mixtures += experts > 0
-        self.layers = nnx.Dict(blocks)
-        self.final_norm = scale(config)
-        self.head = weight(config, (config.d_model, config.vocab_size), ("embed", "vocab"))
+        d = config.d_model
+        self.embedding = weight(config, (config.vocab_size, d), ("vocab", "embed"))
+        if config.positions == "learned":
+            self.position_embedding = weight(config, (config.max_positions, d), ("vocab", "embed"))
+        if config.token_types:
+            self.token_type_embedding = weight(config, (config.token_types, d), ("vocab", "embed"))
+        self.layers = nnx.Dict({f"{i:02d}": Block(config, i) for i in range(config.num_layers)})
+        add_norm(self, config, "embedding_norm" if config.norm_placement == "sum" else "final_norm")
+        if config.labels:
+            if not config.causal:
+                self.pooler = weight(config, (d, d), ("embed", "head"))
+                self.pooler_bias = vector(config)
+            self.classifier = weight(config, (d, len(config.labels)), ("embed", "head"))
+            if config.biases and not config.causal:
+                self.classifier_bias = vector(config, len(config.labels))
+        elif not config.tied_embeddings:
+            self.head = weight(config, (d, config.vocab_size), ("embed", "vocab"))
 
     def __call__(
         self, tokens_BS: jax.Array, document_ids_BS: jax.Array, positions_BS: jax.Array, **options: Any
@@ -121,6 +146,7 @@ class Transformer(nnx.Module):
         exchange: MeshConfig | None = None,
         implementation: str | None = None,
         kept: Sequence[Kept] | None = None,
+        token_types_BS: jax.Array | None = None,
     ) -> tuple[jax.Array, list[Routing], list[KeyValues]]:
         """Whole rows of tokens or, with a past, the next token of each row.
 
@@ -134,14 +160,15 @@ class Transformer(nnx.Module):
           exchange: how tokens reach experts on other devices of it; None: by default.
           implementation: of `kernels.experts`; None: the default backend's best.
           kept: the subset of experts in each mixture layer; None: all.
+          token_types_BS: int32, which part of its document a token is of; None: all of the first.
 
         Returns:
-          [B, S, D] in the config's dtype, input of `logits`; one `Routing` a mixture layer; what later tokens attend
+          [B, S, D] in the config's dtype, input of `readout`; one `Routing` a mixture layer; what later tokens attend
           to, one a layer (the cache of `past`, where there is one, with this token's).
         """
         pool = None if pool is None or pool.kind == "none" else pool
         with jax.named_scope("embedding"):
-            x_BSD = lookup(self.embedding[...], tokens_BS, self.config.dtype, mesh)
+            x_BSD = self.embedded(tokens_BS, positions_BS, token_types_BS, mesh)
         routings: list[Routing] = []
         seen: list[KeyValues] = []
         graphs, states = zip(*(nnx.split(block) for block in self.layers.values()), strict=True)
@@ -170,14 +197,63 @@ class Transformer(nnx.Module):
 
             if self.config.remat != "none" or spread:
                 run = jax.checkpoint(run, policy=REMAT[self.config.remat])
-            x_BSD, routing, own = run(states[i], x_BSD, draws if pool else None)
+            x_BSD, routing, own = run(states[i], x_BSD, draws)
             seen.append(own)
             if routing is not None:
                 routings.append(routing)
-        return rms_norm(x_BSD, self.final_norm[...], self.config.norm_epsilon), routings, seen
+        if self.config.norm_placement != "sum":
+            x_BSD = apply_norm(self, "final_norm", x_BSD, self.config.norm_epsilon)
+        return x_BSD, routings, seen
+
+    def embedded(
+        self,
+        tokens_BS: jax.Array,
+        positions_BS: jax.Array,
+        token_types_BS: jax.Array | None = None,
+        mesh: Mesh | None = None,
+    ) -> jax.Array:
+        """What the first block reads, [B, S, D]; arguments as in `extend`."""
+        dtype = self.config.dtype
+        x_BSD = lookup(self.embedding[...], tokens_BS, dtype, mesh)
+        if self.config.positions == "learned":
+            x_BSD += lookup(self.position_embedding[...], positions_BS, dtype, mesh)
+        if self.config.token_types:
+            types_BS = jnp.zeros_like(tokens_BS) if token_types_BS is None else token_types_BS
+            x_BSD += lookup(self.token_type_embedding[...], types_BS, dtype, mesh)
+        if self.config.norm_placement == "sum":
+            x_BSD = apply_norm(self, "embedding_norm", x_BSD, self.config.norm_epsilon)
+        return x_BSD
+
+    def readout(self, hidden_BSD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Features [B, S, D] and the head [D, V] whose product are the logits, from the result of a call.
+
+        Of a classifier V is its labels, and the logits of a document are those of the token that its label stands at:
+        its first in an encoder, its last in a decoder. A bias is one more feature, 1 everywhere.
+
+        Raises:
+          UserError: an encoder without labels has no head.
+        """
+        require(
+            self.config.causal or bool(self.config.labels),
+            "The model is an encoder without a head (model.causal=False, model.labels=()): fine-tune it on texts with "
+            "labels (emo_jax.finetune).",
+        )
+        if not self.config.labels:
+            return hidden_BSD, self.embedding[...].T if self.config.tied_embeddings else self.head[...]
+        head_DV = self.classifier[...]
+        if hasattr(self, "pooler"):
+            wide = jnp.promote_types(hidden_BSD.dtype, jnp.float32)
+            pooled_BSD = jnp.einsum("bsd,de->bse", hidden_BSD, self.pooler[...].astype(hidden_BSD.dtype))
+            bias_11D = self.pooler_bias[...].reshape(1, 1, -1)
+            hidden_BSD = jnp.tanh(pooled_BSD.astype(wide) + bias_11D).astype(hidden_BSD.dtype)
+        if hasattr(self, "classifier_bias"):
+            ones_BS1 = jnp.ones((*hidden_BSD.shape[:2], 1), hidden_BSD.dtype)
+            hidden_BSD = jnp.concatenate([hidden_BSD, ones_BS1], axis=-1)
+            head_DV = jnp.concatenate([head_DV, self.classifier_bias[...].reshape(1, -1)])
+        return hidden_BSD, head_DV
 
     def logits(self, hidden_BSD: jax.Array) -> jax.Array:
         """[B, S, V], float32 or wider, from the result of a call."""
-        head_DV = self.head[...].astype(hidden_BSD.dtype)
+        features_BSD, head_DV = self.readout(hidden_BSD)
         wide = jnp.promote_types(hidden_BSD.dtype, jnp.float32)
-        return jnp.einsum("bsd,dv->bsv", hidden_BSD, head_DV, preferred_element_type=wide)
+        return jnp.einsum("bsd,dv->bsv", features_BSD, head_DV.astype(hidden_BSD.dtype), preferred_element_type=wide)

@@ -15,9 +15,7 @@ import numpy as np
 from flax import nnx
 
 from emo_jax.errors import require
-from emo_jax.kernels.experts import expert_norms
-from emo_jax.model import Kept, ModelConfig
-from emo_jax.model.routing import route
+from emo_jax.model import Kept, ModelConfig, bind
 from emo_jax.model.transformer import Block
 
 
@@ -72,15 +70,18 @@ def calibrate(
         (batch["document_ids"], batch["positions"], batch.get("asked", batch["document_ids"] > 0)) for batch in batches
     ]
     require(any(asked.any() for *_, asked in inputs), "The calibration set is empty: no token is asked for.")
-    embedding_VD = jnp.asarray(params["embedding"]).astype(config.dtype)
-    streams = [embedding_VD[batch["tokens"]] for batch in batches]
+    key = json.dumps(dataclasses.asdict(config))
+    embed = _embedding_function(key)
+    streams = [embed(params, batch["tokens"], batch["positions"], batch.get("token_types")) for batch in batches]
     result: list[Statistics] = []
-    for name, experts in zip(sorted(params["layers"]), config.layer_experts, strict=True):
+    alike: dict[Any, int] = {}
+    for layer, name in enumerate(sorted(params["layers"])):
         state = params["layers"][name]
+        experts, split = config.layer_experts[layer], layer in config.split_layers
         always = config.always_active(len(result)) if experts else ()
-        measure, advance = _layer_functions(json.dumps(dataclasses.asdict(config)), experts, always)
+        measure, advance = _layer_functions(key, alike.setdefault((experts, split, always), layer))
         kept = None
-        if experts:
+        if experts or split:
             sums = [measure(state, x, *given) for x, given in zip(streams, inputs, strict=True)]
             total = [
                 np.asarray(np.sum(parts, axis=0, dtype=np.float64)) for parts in zip(*jax.device_get(sums), strict=True)
@@ -92,12 +93,27 @@ def calibrate(
     return result
 
 
-@functools.cache
-def _layer_functions(config_json: str, experts: int, always: tuple[int, ...]) -> tuple[Callable, Callable]:
-    """Jitted `_measure` and `_advance` of a layer; compiled once for all layers (and models) that are alike."""
+def _config(config_json: str) -> ModelConfig:
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(config_json).items()}
-    config = ModelConfig(**values)
-    graph = nnx.split(nnx.eval_shape(lambda: Block(config, experts, always)))[0]
+    return ModelConfig(**values)
+
+
+@functools.cache
+def _embedding_function(config_json: str) -> Callable[..., jax.Array]:
+    """(parameters, tokens, positions, token types) → what the first layer reads."""
+    config = _config(config_json)
+
+    def embed(params: Any, tokens_BS: jax.Array, positions_BS: jax.Array, types_BS: jax.Array | None) -> jax.Array:
+        return bind(config, params).embedded(tokens_BS, positions_BS, types_BS)
+
+    return jax.jit(embed)
+
+
+@functools.cache
+def _layer_functions(config_json: str, layer: int) -> tuple[Callable, Callable]:
+    """Jitted `_measure` and `_advance` of a layer; compiled once for all layers (and models) that are alike."""
+    config = _config(config_json)
+    graph = nnx.split(nnx.eval_shape(lambda: Block(config, layer)))[0]
     return jax.jit(functools.partial(_measure, graph)), jax.jit(functools.partial(_advance, graph))
 
 
@@ -105,7 +121,7 @@ def _advance(
     graph: Any, state: Any, x_BSD: jax.Array, ids_BS: jax.Array, positions_BS: jax.Array, kept: Any
 ) -> jax.Array:
     block = nnx.merge(graph, state)
-    routing = {"kept": kept} if hasattr(block, "moe") else {}
+    routing = {"kept": kept} if block.routes else {}
     return block(x_BSD, ids_BS, positions_BS, **routing)[0]
 
 
@@ -113,43 +129,31 @@ def _measure(
     graph: Any, state: Any, x_BSD: jax.Array, ids_BS: jax.Array, positions_BS: jax.Array, asked_BS: jax.Array
 ) -> tuple[jax.Array, ...]:
     block = nnx.merge(graph, state)
-    moe = block.moe
     h_BSD, normal_BSD, _ = block.attend(x_BSD, ids_BS, positions_BS)
-    logits_BSR = moe.router_logits(normal_BSD)
-    experts, wide = logits_BSR.shape[-1], logits_BSR.dtype
-    config = moe.config
-    routing = route(
-        logits_BSR,
-        ids_BS,
-        choices=config.num_choices,
-        normalize=config.normalize_top_k,
-        always_active=moe.always_active,
-    )
-    weights = [w[...].astype(normal_BSD.dtype) for w in (moe.routed.gate, moe.routed.up, moe.routed.down)]
-    flat = normal_BSD.reshape(-1, normal_BSD.shape[-1])
-    norms_BSC = expert_norms(flat, routing.indices_BSC.reshape(len(flat), -1), *weights).reshape(
-        routing.indices_BSC.shape
-    )
-    output_BSD = moe(normal_BSD, ids_BS)[0].astype(wide)
+    output_BSD, routing = block.routed(normal_BSD, ids_BS)
+    experts, wide = routing.logits_BSR.shape[-1], routing.logits_BSR.dtype
+    norms_BSC = block.routed.expert_norms(normal_BSD, routing.indices_BSC)
+    output_BSD = output_BSD.astype(wide)
     routed_BSD = output_BSD
-    if config.num_shared_experts:
-        routed_BSD = output_BSD - jnp.where(ids_BS[..., None] > 0, moe.shared(normal_BSD), 0).astype(wide)
+    if hasattr(block.routed, "shared"):
+        routed_BSD = output_BSD - jnp.where(ids_BS[..., None] > 0, block.routed.shared(normal_BSD), 0).astype(wide)
     h_BSD, normal_BSD = h_BSD.astype(wide), normal_BSD.astype(wide)
     change_BS = 1 - _cosine(h_BSD, h_BSD + routed_BSD)
     normed_change_BS = jnp.maximum(1 - _cosine(normal_BSD, normal_BSD + output_BSD), 0)
 
     mask_BS = (asked_BS & (ids_BS > 0)).astype(wide)
     chosen_BSCR = jax.nn.one_hot(routing.indices_BSC, experts, dtype=wide) * mask_BS[..., None, None]
-    gated_BSC = routing.weights_BSC * norms_BSC
+    weights_BSC = block.routed.choice_weights(routing)
+    gated_BSC = weights_BSC * norms_BSC
 
     def per_expert(value_BSC: jax.Array) -> jax.Array:
         return jnp.einsum("bsc,bscr->r", value_BSC.astype(wide), chosen_BSCR, precision="highest")
 
     return (
         mask_BS.sum(),
-        (jax.nn.softmax(logits_BSR) * mask_BS[..., None]).sum((0, 1)),
+        (jax.nn.softmax(routing.logits_BSR) * mask_BS[..., None]).sum((0, 1)),
         chosen_BSCR.sum((0, 1, 2)),
-        per_expert(routing.weights_BSC),
+        per_expert(weights_BSC),
         per_expert(gated_BSC),
         per_expert(gated_BSC * change_BS[..., None]),
         per_expert(gated_BSC * normed_change_BS[..., None]),

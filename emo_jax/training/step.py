@@ -132,7 +132,7 @@ def make_gradients(
         )
         weight = config.train.logits_z_weight
         with jax.named_scope("loss"):
-            language = language_loss(hidden_BSD, model.head[...], batch["targets"], batch["loss_mask"], weight, mesh)
+            language = language_loss(*model.readout(hidden_BSD), batch["targets"], batch["loss_mask"], weight, mesh)
         return Sums(language, tuple(r.totals for r in routings), tuple(r.load_NC for r in routings))
 
     def split(rows: tuple[Batch, PoolDraws | None]) -> tuple[Batch, PoolDraws | None]:

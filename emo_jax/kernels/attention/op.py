@@ -44,8 +44,9 @@ def document_attention(
     *,
     implementation: str | None = None,
     part: tuple[jax.Array | int, int] = (0, 1),
+    causal: bool = True,
 ) -> jax.Array:
-    """Softmax attention of each token to its own document's tokens up to itself.
+    """Softmax attention of each token to its own document's tokens up to itself, or to all of them.
 
     Tokens of document 0 attend to one another, so that no softmax is empty; nothing reads their result.
 
@@ -59,6 +60,7 @@ def document_attention(
         default backend. Both kernels need S to be a multiple of 128, and hand arrays that they do not take to
         `chunked`. A kernel sees its arguments whole: on several devices call this within `parallel.map_tokens`.
       part: which of how many equal parts of the row the queries are; the first may be an array.
+      causal: False: to what follows a token too.
 
     Returns:
       The query's shape and dtype, from softmaxes in float32 or wider; differentiable in all but the ids.
@@ -78,7 +80,7 @@ def document_attention(
     else:
         compute = _chunked
     options: dict[str, Any] = {} if part[1] == 1 else {"part": part}
-    return compute(query_BSHN, key_BSKN, value_BSKN, document_ids_BS, **options)
+    return compute(query_BSHN, key_BSKN, value_BSKN, document_ids_BS, causal=causal, **options)
 
 
 def _fits(query_BSHN: jax.Array, dtypes: tuple[str, ...], widths: tuple[int, ...]) -> bool:
@@ -92,6 +94,7 @@ def _chunked(
     value_BSKN: jax.Array,
     document_ids_BS: jax.Array,
     part: tuple[jax.Array | int, int] = (0, 1),
+    causal: bool = True,
 ) -> jax.Array:
     _, length, heads, width = query_BSHN.shape
     groups = heads // key_BSKN.shape[2]
@@ -103,14 +106,15 @@ def _chunked(
 
     def attend(start: int) -> jax.Array:
         end = min(start + chunk, length)
-        seen = end if part[1] == 1 else whole  # where the part is known only as it runs, masked keys are computed too
+        # Where the part is known only as it runs, masked keys are computed too.
+        seen = end if causal and part[1] == 1 else whole
         queries = query_BSHN[:, start:end]
         dtype = jnp.promote_types(queries.dtype, jnp.float32)
         scores_BHQS = jnp.einsum("bqhn,bshn->bhqs", queries, key_BSKN[:, :seen], preferred_element_type=dtype)
         same_BQS = query_ids_BS[:, start:end, None] == document_ids_BS[:, None, :seen]
         past_1QS = first + jnp.arange(start, end).reshape(1, -1, 1) >= jnp.arange(seen).reshape(1, 1, -1)
-        visible_B1QS = (same_BQS & past_1QS)[:, None]
-        probs_BHQS = jax.nn.softmax(jnp.where(visible_B1QS, scores_BHQS * width**-0.5, -jnp.inf))
+        visible_BQS = same_BQS & past_1QS if causal else same_BQS
+        probs_BHQS = jax.nn.softmax(jnp.where(visible_BQS[:, None], scores_BHQS * width**-0.5, -jnp.inf))
         return jnp.einsum("bhqs,bshn->bqhn", probs_BHQS.astype(value_BSKN.dtype), value_BSKN[:, :seen])
 
     if whole > 2 * chunk:
@@ -125,6 +129,7 @@ def _splash(
     document_ids_BS: jax.Array,
     part: tuple[jax.Array | int, int] = (0, 1),
     interpret: bool = False,
+    causal: bool = True,
 ) -> jax.Array:
     _, length, heads, width = query_BSHN.shape
     index, parts = part
@@ -143,7 +148,8 @@ def _splash(
         block_kv_dq=None if fused else block,
         use_fused_bwd_kernel=fused,
     )
-    mask = splash.MultiHeadMask([splash.CausalMask((length * parts, length * parts))] * heads)
+    kind = splash.CausalMask if causal else splash.FullMask
+    mask = splash.MultiHeadMask([kind((length * parts, length * parts))] * heads)
     kernel = splash.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=parts, interpret=interpret)
     if parts > 1:
         # Its tables of blocks cover all queries; this device's are cut out where `shard_map` would split them.
@@ -176,6 +182,7 @@ def _pallas_gpu(
     value_BSKN: jax.Array,
     document_ids_BS: jax.Array,
     interpret: bool = False,
+    causal: bool = True,
 ) -> jax.Array:
     # Deprecated, and so imported only where it is used: what JAX names as its successor is a package of its own.
     with warnings.catch_warnings():
@@ -184,4 +191,4 @@ def _pallas_gpu(
     _, _, heads, width = query_BSHN.shape
     key_BSHN, value_BSHN = (jnp.repeat(x, heads // x.shape[2], axis=2) for x in (key_BSKN, value_BSKN))
     scale = width**-0.5
-    return mha(query_BSHN, key_BSHN, value_BSHN, document_ids_BS, sm_scale=scale, causal=True, interpret=interpret)
+    return mha(query_BSHN, key_BSHN, value_BSHN, document_ids_BS, sm_scale=scale, causal=causal, interpret=interpret)
