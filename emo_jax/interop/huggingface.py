@@ -1,12 +1,13 @@
 """Reading Hugging Face folders: config.json and safetensors, one of our parameters at a time, nothing ever unpickled.
 
-What the files hold and what it means is in `families`.
+What config.json means is in `fields`, where published tensors lie in our parameters in `tensors`.
 """
 
 import contextlib
 import itertools
 import json
 import math
+import re
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,17 +19,10 @@ import numpy as np
 import safetensors
 
 from emo_jax.errors import UserError, require
-from emo_jax.interop.families import (
-    FAMILIES,
-    Tensor,
-    family_for,
-    family_of,
-    is_tied,
-    model_config,
-    scaled,
-    tensors,
-)
-from emo_jax.model import ModelConfig, abstract_parameters
+from emo_jax.interop.families import FAMILIES, Names, family_for, family_of
+from emo_jax.interop.fields import is_classifier, model_config
+from emo_jax.interop.tensors import LeafPath, Tensor, joined, leaf_shapes, scaled, tensors
+from emo_jax.model import ModelConfig
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -37,6 +31,8 @@ INDEX_FILE = "model.safetensors.index.json"
 FLOATS = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float32"}
 """Dtypes in files, and what they are read as."""
 
+_BEHIND_TRUNK = ("head", "classifier", "classifier_bias", "pooler", "pooler_bias")
+
 PIECE_BYTES = 2**25
 """Read before a file is opened anew: its pages count as this process's memory as long as it is open."""
 
@@ -44,22 +40,30 @@ PIECE_BYTES = 2**25
 class _Stored(NamedTuple):
     """Where a published tensor is, and what its file says of it."""
 
+    name: str
     file: Path
     shape: tuple[int, ...]
     dtype: str
 
 
+class _Part(NamedTuple):
+    """Some of one of our parameters, and where a folder has it."""
+
+    tensor: Tensor
+    stored: _Stored
+
+
 class _Piece(NamedTuple):
-    """Some rows of a published tensor; pieces of the same window are read without opening the file anew."""
+    """Some rows of a part; pieces of the same file and window are read without opening the file anew."""
 
     file: Path
     window: int
-    tensor: Tensor
+    part: _Part
     rows: slice
 
 
 def read_config(folder: str | Path) -> ModelConfig:
-    """The model that a Hugging Face folder holds; see `families.model_config`.
+    """The model that a Hugging Face folder holds; see `fields.model_config`.
 
     Raises:
       UserError: not a folder of a supported family, or one with something that is not supported; names the field and
@@ -77,8 +81,8 @@ def read_leaves(
     folder: str | Path,
     config: ModelConfig,
     kept: Sequence[Sequence[int]] | None = None,
-    skip: Collection[tuple[str, ...]] = (),
-) -> Iterator[tuple[tuple[str, ...], np.ndarray]]:
+    skip: Collection[LeafPath] = (),
+) -> Iterator[tuple[LeafPath, np.ndarray]]:
     """The folder's weights as (path of our parameter, such as ("layers", "00", "moe", "router"); the parameter).
 
     One at a time, the largest first; each is a C-contiguous array in the precision that it is stored in: bfloat16,
@@ -88,10 +92,10 @@ def read_leaves(
 
     Args:
       folder: with `model.safetensors`, or `model.safetensors.index.json` and the files it names.
-      config: from `read_config`.
+      config: from `read_config`; or that with other labels, where `skip` has `missing_leaves`.
       kept: routed experts of each mixture layer: the parameters are those of the model cut to them, and no other
         expert is read. None: all.
-      skip: paths of parameters that are not read.
+      skip: paths of parameters that are not read, and need not be there.
 
     Raises:
       UserError: no safetensors file, an unreadable one, or a tensor that is missing, too many, of another shape or
@@ -99,24 +103,48 @@ def read_leaves(
         unequal router rows of shared experts.
     """
     folder = Path(folder)
-    stored, parts, leaves = _checked(folder, config, kept)
+    parts, leaves = _checked(folder, config, kept, frozenset(skip))
 
-    def read() -> Iterator[tuple[tuple[str, ...], np.ndarray]]:
+    def read() -> Iterator[tuple[LeafPath, np.ndarray]]:
         for path, leaf in leaves.items():
-            if path not in skip:
-                yield path, _read_leaf(folder, parts[path], np.empty(leaf.shape, leaf.dtype), stored)
+            yield path, _read_leaf(folder, parts[path], np.empty(leaf.shape, leaf.dtype))
 
     return read()
 
 
 def abstract_leaves(
     folder: str | Path, config: ModelConfig, kept: Sequence[Sequence[int]] | None = None
-) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
+) -> dict[LeafPath, jax.ShapeDtypeStruct]:
     """Shape and dtype of what `read_leaves` gives, by path and in its order; reads no tensor.
 
     Args, Raises: as `read_leaves`.
     """
-    return _checked(Path(folder), config, kept)[2]
+    return _checked(Path(folder), config, kept)[1]
+
+
+def missing_leaves(folder: str | Path, config: ModelConfig) -> set[LeafPath]:
+    """Those parameters behind the trunk (head, classifier, pooler) that a folder has not, or in another shape.
+
+    With them as `skip`, `read_leaves` gives all that the folder has of a model that differs from its own in `labels`
+    alone, so that a classifier can be started from any model of its trunk: from a BERT, with the pooler that it has.
+    Whether labels of equal number mean the same is not looked at.
+
+    Args:
+      folder: as in `read_leaves`.
+      config: of the model that is to be read.
+
+    Raises:
+      UserError: no safetensors file, or an unreadable one.
+    """
+    folder = Path(folder)
+    family = family_of(read_json(folder / CONFIG_FILE))
+    stored, shapes = _stored(folder, family.names), leaf_shapes(config)
+    behind = {path for path in shapes if path[0] in _BEHIND_TRUNK}
+    for tensor in tensors(config, family):
+        found = stored.get(family.names.canonical(tensor.name))
+        if found is not None and found.shape == tensor.shape(_never_touched(shapes[tensor.path])):
+            behind.discard(tensor.path)
+    return behind
 
 
 def read_unrouted(folder: str | Path, config: ModelConfig) -> dict[str, np.ndarray]:
@@ -125,12 +153,12 @@ def read_unrouted(folder: str | Path, config: ModelConfig) -> dict[str, np.ndarr
     Raises:
       UserError: as `read_leaves`.
     """
-    stored, parts, _ = _checked(Path(folder), config, None)
+    parts, _ = _checked(Path(folder), config, None)
     rows = {}
-    for tensor in itertools.chain.from_iterable(parts.values()):
+    for tensor, stored in itertools.chain.from_iterable(parts.values()):
         if tensor.unrouted:
-            with safetensors.safe_open(stored[tensor.name].file, framework="numpy") as file:
-                rows[tensor.name] = file.get_tensor(tensor.name)[-tensor.unrouted :].copy()
+            with safetensors.safe_open(stored.file, framework="numpy") as file:
+                rows[tensor.name] = file.get_tensor(stored.name)[-tensor.unrouted :].copy()
     return rows
 
 
@@ -158,7 +186,7 @@ def to_public_names(params: dict[str, Any], config: ModelConfig, *, gradients: b
     """The inverse of `read_parameters`: contiguous arrays by published name, in the published layout.
 
     Names are those of the first family that can hold the model. Router rows of shared experts, which we do not have,
-    are zeros. With s > 1 shared experts their `down` is scaled as `families` says.
+    are zeros. With s > 1 shared experts their `down` is scaled as `tensors` says.
 
     Args:
       params: nested dict of arrays in our layout; theirs is the result's precision.
@@ -168,20 +196,12 @@ def to_public_names(params: dict[str, Any], config: ModelConfig, *, gradients: b
     Raises:
       UserError: no published family can hold the model.
     """
-    params = jax.tree.map(np.asarray, params)
-    public = {}
-    for tensor in tensors(config, FAMILIES[family_for(config)]):
-        leaf: Any = params
-        for key in tensor.path:
-            leaf = leaf[key]
-        public[tensor.name] = tensor.published(leaf, gradients=gradients)
-    return public
-
-
-def leaf_shapes(config: ModelConfig) -> dict[tuple[str, ...], tuple[int, ...]]:
-    """The shape of each of a model's parameters, by its path."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(abstract_parameters(config))
-    return {tuple(key.key for key in path): leaf.shape for path, leaf in leaves}
+    leaves = {tuple(key.key for key in path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(params)}
+    parts = (
+        (tensor, tensor.published(leaves[tensor.path], gradients=gradients))
+        for tensor in tensors(config, FAMILIES[family_for(config)])
+    )
+    return dict(joined(parts))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -200,7 +220,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _nested(leaves: Iterator[tuple[tuple[str, ...], np.ndarray]]) -> dict[str, Any]:
+def _nested(leaves: Iterator[tuple[LeafPath, np.ndarray]]) -> dict[str, Any]:
     params: dict[str, Any] = {}
     for path, leaf in leaves:
         node = params
@@ -211,75 +231,84 @@ def _nested(leaves: Iterator[tuple[tuple[str, ...], np.ndarray]]) -> dict[str, A
 
 
 def _checked(
-    folder: Path, config: ModelConfig, kept: Sequence[Sequence[int]] | None
-) -> tuple[dict[str, _Stored], dict[tuple[str, ...], list[Tensor]], dict[tuple[str, ...], jax.ShapeDtypeStruct]]:
-    """What the files hold, the tensors of each of our parameters, and its shape and dtype, the largest first."""
+    folder: Path, config: ModelConfig, kept: Sequence[Sequence[int]] | None, skip: Collection[LeafPath] = ()
+) -> tuple[dict[LeafPath, list[_Part]], dict[LeafPath, jax.ShapeDtypeStruct]]:
+    """The parts of each of our parameters in the files, and its shape and dtype, the largest first."""
     values = read_json(folder / CONFIG_FILE)
-    family, tied = family_of(values), is_tied(values)
-    stored = _stored(folder)
-    _check_names(folder, {tensor.name for tensor in tensors(config, family, tied=tied)}, set(stored))
-    parts: dict[tuple[str, ...], list[Tensor]] = {}
-    for tensor in tensors(config, family, kept, tied):
-        parts.setdefault(tensor.path, []).append(tensor)
+    family = family_of(values)
+    stored = _stored(folder, family.names)
+    _check_names(folder, config, values, stored, skip)
+    parts: dict[LeafPath, list[_Part]] = {}
+    for tensor in tensors(config, family, kept):
+        if tensor.path not in skip:
+            part = _Part(tensor, stored[family.names.canonical(tensor.name)])
+            parts.setdefault(tensor.path, []).append(part)
     shapes = leaf_shapes(config if kept is None else config.cut(kept))
     leaves = {
-        path: jax.ShapeDtypeStruct(shapes[path], _check_parts(folder, own, shapes[path], stored))
-        for path, own in parts.items()
+        path: jax.ShapeDtypeStruct(shapes[path], _check_parts(folder, own, shapes[path])) for path, own in parts.items()
     }
     largest_first = sorted(leaves.items(), key=lambda item: item[1].size * item[1].dtype.itemsize, reverse=True)
-    return stored, parts, dict(largest_first)
+    return parts, dict(largest_first)
 
 
-def _check_parts(folder: Path, parts: Sequence[Tensor], shape: tuple[int, ...], stored: dict[str, _Stored]) -> np.dtype:
+def _check_parts(folder: Path, parts: Sequence[_Part], shape: tuple[int, ...]) -> np.dtype:
     """The precision of a parameter whose tensors have the shapes and dtypes that they must."""
-    leaf = np.empty(shape, np.float32)  # never touched: it takes no memory
+    leaf = _never_touched(shape)
     found = []
-    for tensor in parts:
-        view, (_, shape, dtype) = tensor.view(leaf), stored[tensor.name]
-        expected = (tensor.rows or view.shape[0], *view.shape[1:])
+    for tensor, stored in parts:
+        expected, dtype = tensor.shape(leaf), stored.dtype
         require(
-            shape == expected,
-            f"{folder}: tensor {tensor.name} has shape {list(shape)}, but {CONFIG_FILE} makes it {list(expected)}.",
+            stored.shape == expected,
+            f"{folder}: tensor {stored.name} has shape {list(stored.shape)}, but {CONFIG_FILE} makes it "
+            f"{list(expected)}.",
         )
         require(
-            dtype in FLOATS, f"{folder}: tensor {tensor.name} has dtype {dtype}; it must be one of {', '.join(FLOATS)}."
+            dtype in FLOATS, f"{folder}: tensor {stored.name} has dtype {dtype}; it must be one of {', '.join(FLOATS)}."
         )
         found.append(np.dtype(FLOATS[dtype]))
     return found[0] if len(set(found)) == 1 else np.dtype(jnp.result_type(*found))
 
 
-def _read_leaf(folder: Path, parts: Sequence[Tensor], leaf: np.ndarray, stored: dict[str, _Stored]) -> np.ndarray:
+def _never_touched(shape: tuple[int, ...]) -> np.ndarray:
+    """An array that only its shape is asked of: it takes no memory."""
+    return np.empty(shape, np.float32)
+
+
+def _read_leaf(folder: Path, parts: Sequence[_Part], leaf: np.ndarray) -> np.ndarray:
     """Fills in one of our parameters."""
-    pieces = itertools.groupby(_pieces(parts, leaf, stored), key=lambda piece: piece[:2])
+    pieces = itertools.groupby(_pieces(parts, leaf), key=lambda piece: piece[:2])
     for (path, _), group in pieces:
         with safetensors.safe_open(path, framework="numpy") as file:
-            for _, _, tensor, rows in group:
+            for _, _, (tensor, stored), rows in group:
+                view = tensor.view(leaf)
                 with np.errstate(over="ignore"):  # float64 that float32 cannot hold becomes infinite, and is refused
-                    value = file.get_slice(tensor.name)[rows].astype(leaf.dtype, copy=False)
+                    where = tensor.where(rows, view.shape)
+                    value = file.get_slice(stored.name)[where].astype(leaf.dtype, copy=False)
                 require(
                     bool(np.isfinite(value).all()),
-                    f"{folder}: tensor {tensor.name} has values that are not finite (NaN or infinity), a sign of "
+                    f"{folder}: tensor {stored.name} has values that are not finite (NaN or infinity), a sign of "
                     "damage; copy or download the folder again.",
                 )
                 if tensor.unrouted:
                     value = _without_shared_rows(folder, tensor, value)
                 if tensor.chosen is not None:
                     value = value[list(tensor.chosen)]
-                tensor.view(leaf)[rows] = scaled(value, over=tensor.divisor)
+                view[rows] = scaled(value, over=tensor.divisor)
     return leaf
 
 
-def _pieces(parts: Sequence[Tensor], leaf: np.ndarray, stored: dict[str, _Stored]) -> Iterator[_Piece]:
+def _pieces(parts: Sequence[_Part], leaf: np.ndarray) -> Iterator[_Piece]:
     """What to read of a parameter, in bites."""
     done = 0
-    for tensor in parts:
-        file, shape, _ = stored[tensor.name]
-        step = max(1, PIECE_BYTES // (math.prod(shape[1:]) * leaf.itemsize))
-        starts = range(0, shape[0], step) if not tensor.rows else (0,)  # a router is small, and its rows are not ours
-        for start in starts:
-            rows = slice(None) if tensor.rows else slice(start, min(start + step, shape[0]))
-            yield _Piece(file, done // PIECE_BYTES, tensor, rows)
-            done += min(step, shape[0]) * math.prod(shape[1:]) * leaf.itemsize
+    for part in parts:
+        shape = part.tensor.view(leaf).shape
+        row_bytes = math.prod(shape[1:]) * leaf.itemsize
+        step = max(1, PIECE_BYTES // row_bytes)
+        whole = bool(part.tensor.rows)  # a router is small, and its rows are not ours
+        for start in (0,) if whole else range(0, shape[0], step):
+            rows = slice(None) if whole else slice(start, min(start + step, shape[0]))
+            yield _Piece(part.stored.file, done // PIECE_BYTES, part, rows)
+            done += min(step, shape[0]) * row_bytes
 
 
 def _without_shared_rows(folder: Path, tensor: Tensor, value: np.ndarray) -> np.ndarray:
@@ -315,22 +344,25 @@ def _weight_files(folder: Path) -> list[Path]:
     raise UserError(f"{folder} has neither {WEIGHTS_FILE} nor {INDEX_FILE}.")
 
 
-def _stored(folder: Path) -> dict[str, _Stored]:
-    """Every published tensor in the folder's files, by name."""
+def _stored(folder: Path, names: Names) -> dict[str, _Stored]:
+    """Every tensor in the folder's files, by its name in canonical form."""
     found: dict[str, _Stored] = {}
     for path in _weight_files(folder):
         try:
             with safetensors.safe_open(path, framework="numpy") as file:
                 slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
-                headers = {name: _Stored(path, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
+                headers = [_Stored(name, path, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()]
                 del slices  # they keep the file open
         except (safetensors.SafetensorError, OSError) as error:
             raise UserError(
                 f"{path} is not a complete safetensors file ({_cut_off(path) or error}); copy or download it again."
             ) from error
-        for name in headers:
-            require(name not in found, f"{folder}: tensor {name} is in two files, {path.name} the second.")
-        found |= headers
+        for header in headers:
+            name = names.canonical(header.name)
+            require(
+                name not in found, f"{folder}: tensor {header.name} is there twice, in {path.name} the second time."
+            )
+            found[name] = header
     return found
 
 
@@ -348,8 +380,27 @@ def _cut_off(path: Path) -> str:
     return ""
 
 
-def _check_names(folder: Path, expected: set[str], found: set[str]) -> None:
-    """Raises `UserError` on the first names that are missing or not ours."""
-    for what, names in (("is missing", expected - found), ("is not part of such a model", found - expected)):
-        others = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-        require(not names, f"{folder}: tensor {min(names, default='')} {what}{others}, by its {CONFIG_FILE}.")
+def _check_names(
+    folder: Path,
+    config: ModelConfig,
+    values: dict[str, Any],
+    stored: dict[str, _Stored],
+    skip: Collection[LeafPath],
+) -> None:
+    """Raises `UserError` on the first names that are missing or not ours; `values` are in the folder's config.json."""
+    family = family_of(values)
+    names, other_class = family.names, bool(config.labels) != is_classifier(values)  # whose head is not looked at
+    ours = [(names.canonical(tensor.name), tensor) for tensor in tensors(config, family)]
+    missing = sorted({tensor.name for name, tensor in ours if name not in stored and tensor.path not in skip})
+    expected = {name for name, _ in ours}
+    extra = [
+        own.name
+        for name, own in stored.items()
+        if not (name in expected or re.fullmatch(names.ignored, name))
+        and not (other_class and name.rpartition(".")[0] in names.heads)
+    ]
+    for what, wrong in (("is missing", missing), ("is not part of such a model", extra)):
+        others = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        require(not wrong, f"{folder}: tensor {min(wrong, default='')} {what}{others}, by its {CONFIG_FILE}.")
+    beside = leaf_shapes(config).keys() - {tensor.path for _, tensor in ours} - set(skip)
+    require(not beside, f"{folder}: its family has no tensor for the parameter {'/'.join(min(beside, default=()))}.")

@@ -12,8 +12,10 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
 from emo_jax.errors import UserError, require
-from emo_jax.interop.families import FAMILIES, Tensor, family_for, fixed_fields, model_config, published_fields, tensors
-from emo_jax.interop.huggingface import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, leaf_shapes, read_json
+from emo_jax.interop.families import FAMILIES, family_for
+from emo_jax.interop.fields import fixed_fields, model_config, published_fields
+from emo_jax.interop.huggingface import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, read_json
+from emo_jax.interop.tensors import LeafPath, Tensor, joined, leaf_shapes, tensors
 from emo_jax.model import ModelConfig
 
 _GENERATION_FILE = "generation_config.json"
@@ -27,7 +29,7 @@ _SMALL_BYTES = 10**8
 def write_folder(
     folder: Path,
     config: ModelConfig,
-    leaf: Callable[[tuple[str, ...]], np.ndarray],
+    leaf: Callable[[LeafPath], np.ndarray],
     *,
     origin: Path | None = None,
     tokenizer: Path | None = None,
@@ -47,12 +49,14 @@ def write_folder(
       leaf: (path of a parameter) → the parameter, in the layout of `read_leaves`; asked once for each, one at a time.
         Tensors are written in its precision.
       origin: the folder that the weights came from. The result is of its family, with its `config.json`, in which
-        only what `config` says otherwise is changed, and its other small files (tokenizer, generation settings, model
-        code). None: the first family that can hold the model, and the files below.
+        only what `config` says otherwise is changed, and the class where it is another, and its other small files
+        (tokenizer, generation settings, model code). None: the first family that can hold the model, and the files
+        below.
       tokenizer: `tokenizer.json` to put there, instead of the origin's if it has one; None for none.
       end_of_text_id: the token that ends a document; −1 where none is known. Without an origin: the `eos_token_id`
-        and `pad_token_id`.
-      context_length: without an origin: `max_position_embeddings`.
+        and `pad_token_id`. Public classifiers of decoders label a text at its last token that is not `pad_token_id`,
+        and read one text at a time without; where the origin has none, it is this or else its `eos_token_id`.
+      context_length: without an origin: `max_position_embeddings`, unless positions are learned.
       shard_bytes: of tensors in a file, at most, unless one tensor has more.
       progress: called with (parameters written, parameters in all) after each.
       unrouted: router rows of shared experts, see `read_unrouted`; None: zeros.
@@ -71,13 +75,15 @@ def write_folder(
         _write_weights(making, config, values["model_type"], leaf, shard_bytes, progress, unrouted or {})
         if origin is not None:
             copy_small_files(Path(origin), making)
-        elif end_of_text_id >= 0:
+        elif end_of_text_id >= 0 and config.causal and not config.labels:
             _write_json(making / _GENERATION_FILE, {"eos_token_id": end_of_text_id, "pad_token_id": end_of_text_id})
         if tokenizer is not None:
             shutil.copyfile(tokenizer, making / _TOKENIZER_FILE)
             settings = making / "tokenizer_config.json"
             if not settings.exists():
-                _write_json(settings, _tokenizer_values(tokenizer, end_of_text_id, context_length))
+                _write_json(
+                    settings, _tokenizer_values(tokenizer, end_of_text_id, config.max_positions or context_length)
+                )
         _write_json(making / CONFIG_FILE, values)
         if folder.exists():
             folder.rmdir()
@@ -91,11 +97,12 @@ def _config_values(
     config: ModelConfig, origin: Path | None, end_of_text_id: int, context_length: int
 ) -> dict[str, Any]:
     """What config.json holds."""
+    end = end_of_text_id if end_of_text_id >= 0 else None
     if origin is None:
         name = family_for(config)
-        end = end_of_text_id if end_of_text_id >= 0 else None
+        rotary = {"max_position_embeddings": context_length} if FAMILIES[name].rotary else {}
         ids = {"bos_token_id": None, "eos_token_id": end, "pad_token_id": end}
-        return published_fields(config, name) | fixed_fields(name) | {"max_position_embeddings": context_length} | ids
+        return published_fields(config, name) | fixed_fields(name) | rotary | ids
     path = Path(origin) / CONFIG_FILE
     values = read_json(path)
     try:
@@ -105,13 +112,16 @@ def _config_values(
         raise UserError(f"{path}: {error}") from error
     before, fields = published_fields(theirs, name), published_fields(config, name)
     if fields == before:
-        return values | {"tie_word_embeddings": False}
+        kind = fields["architectures"]
+        return values | ({"architectures": kind} if values.get("architectures") not in (None, kind) else {})
     if fields["torch_dtype"] == before["torch_dtype"]:
         del fields["torch_dtype"]  # float16 there reads as float32 and stays
     elif "dtype" in values:
         fields["dtype"] = fields.pop("torch_dtype")
     if values.get("rope_parameters"):
         fields["rope_parameters"] = values["rope_parameters"] | {"rope_theta": fields.pop("rope_theta")}
+    if config.labels and config.causal and values.get("pad_token_id") is None:
+        fields["pad_token_id"] = values.get("eos_token_id") if end is None else end
     return values | fields
 
 
@@ -119,7 +129,7 @@ def _write_weights(
     making: Path,
     config: ModelConfig,
     model_type: str,
-    leaf: Callable[[tuple[str, ...]], np.ndarray],
+    leaf: Callable[[LeafPath], np.ndarray],
     shard_bytes: int,
     progress: Callable[[int, int], None] | None,
     unrouted: Mapping[str, np.ndarray],
@@ -155,30 +165,34 @@ def _write_weights(
 def _published(
     config: ModelConfig,
     model_type: str,
-    leaf: Callable[[tuple[str, ...]], np.ndarray],
+    leaf: Callable[[LeafPath], np.ndarray],
     progress: Callable[[int, int], None] | None,
     unrouted: Mapping[str, np.ndarray],
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Every published tensor by name, our parameters asked for one after another."""
     shapes = leaf_shapes(config)
-    parts: dict[tuple[str, ...], list[Tensor]] = {}
+    owners: dict[LeafPath, list[Tensor]] = {}
     for tensor in tensors(config, FAMILIES[model_type]):
-        parts.setdefault(tensor.path, []).append(tensor)
-    for done, (path, own) in enumerate(parts.items(), 1):
-        value = np.asarray(leaf(path))
-        require(
-            value.shape == shapes[path],
-            f"The parameter {'/'.join(path)} has shape {list(value.shape)}, but the model's config makes it "
-            f"{list(shapes[path])}.",
-        )
-        for tensor in own:
-            published = tensor.published(value)
-            if tensor.name in unrouted:
-                published[-tensor.unrouted :] = unrouted[tensor.name]
-            yield tensor.name, published
-        del value  # before the next is asked for
-        if progress is not None:
-            progress(done, len(parts))
+        owners.setdefault(tensor.path, []).append(tensor)
+
+    def parts() -> Iterator[tuple[Tensor, np.ndarray]]:
+        for done, (path, own) in enumerate(owners.items(), 1):
+            value = np.asarray(leaf(path))
+            require(
+                value.shape == shapes[path],
+                f"The parameter {'/'.join(path)} has shape {list(value.shape)}, but the model's config makes it "
+                f"{list(shapes[path])}.",
+            )
+            for tensor in own:
+                published = tensor.published(value)
+                if tensor.name in unrouted:
+                    published[-tensor.unrouted :] = unrouted[tensor.name]
+                yield tensor, published
+            del value  # before the next is asked for
+            if progress is not None:
+                progress(done, len(owners))
+
+    yield from joined(parts())
 
 
 def require_new(folder: Path) -> None:

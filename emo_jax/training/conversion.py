@@ -98,8 +98,8 @@ def import_folder(
     Args:
       source: with `config.json` and safetensors.
       target: must not exist, or be empty; it appears when it is complete.
-      vocab_rows: of the embedding and the head: rows beyond are cropped, missing ones are zeros. 0: as many as the
-        folder's tokenizer has ids, or the folder's own number where it has no tokenizer.
+      vocab_rows: of the embedding and of a head that is not tied to it: rows beyond are cropped, missing ones are
+        zeros. 0: as many as the folder's tokenizer has ids, or the folder's own number where it has no tokenizer.
       subset: file of the experts to keep; no other is read. None: all.
       log: told in words what is done.
       progress: told after each parameter.
@@ -118,7 +118,7 @@ def import_folder(
     tokenizer = _tokenizer(source)
     rows = _vocabulary_rows(config, tokenizer, vocab_rows)
     sizes = {path: _bytes(leaf) for path, leaf in abstract_leaves(source, config, kept).items()}
-    for path in _VOCABULARY_AXIS:
+    for path in sizes.keys() & _VOCABULARY_AXIS.keys():  # a tied or labelling model has no head
         sizes[path] = sizes[path] // config.vocab_size * rows
     saving = Saving(target, {"files": _files(source), "vocabulary_rows": rows, "kept": kept})
     done, total = sum(sizes[path] for path in saving.done), sum(sizes.values())

@@ -43,10 +43,8 @@ def test_writing_is_the_inverse_of_reading_bit_for_bit(tmp_path, name, dtype):
     origin = tmp_path / "origin"
     config, leaves, tensors = published(origin, VARIANTS[name], dtype)
     write_folder(tmp_path / "again", config, leaves.__getitem__, origin=origin)
-    if values_in(origin)["tie_word_embeddings"]:
-        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     assert_bits(load_file(tmp_path / "again" / "model.safetensors"), tensors)
-    assert values_in(tmp_path / "again") == values_in(origin) | {"tie_word_embeddings": False}
+    assert values_in(tmp_path / "again") == values_in(origin)
 
     write_folder(tmp_path / "alone", config, leaves.__getitem__)
     assert read_config(tmp_path / "alone") == config
@@ -74,7 +72,7 @@ def test_a_cut_model_is_what_reading_the_subset_gives(tmp_path, name, equal, wit
     config, leaves = whole.cut(kept), dict(read_leaves(origin, whole, kept))
     target = tmp_path / "cut"
     if name == "olmoe" and config.experts_per_layer:
-        with pytest.raises(UserError, match=r"model\.qk_norm=True and model\.experts_per_layer="):
+        with pytest.raises(UserError, match=r"olmoe would need model\.experts_per_layer=\(\)"):
             write_folder(target, config, leaves.__getitem__, origin=origin if with_origin else None)
         return
     write_folder(target, config, leaves.__getitem__, origin=origin if with_origin else None)
@@ -88,8 +86,9 @@ def test_a_cut_model_is_what_reading_the_subset_gives(tmp_path, name, equal, wit
         assert values["num_experts_per_layer"] == list(counts)
 
 
-def test_shards_have_an_index_and_read_as_one_file(tmp_path):
-    config, leaves, tensors = published(tmp_path / "origin")
+@pytest.mark.parametrize("name", ["one shared expert", "gpt2", "bert classifier"])
+def test_shards_have_an_index_and_read_as_one_file(tmp_path, name):
+    config, leaves, tensors = published(tmp_path / "origin", VARIANTS[name])
     write_folder(tmp_path / "sharded", config, leaves.__getitem__, shard_bytes=1000)
     index = values_in(tmp_path / "sharded", "model.safetensors.index.json")
     files = sorted(path.name for path in (tmp_path / "sharded").glob("*.safetensors"))
@@ -204,19 +203,40 @@ def test_nothing_is_left_where_writing_fails(tmp_path):
         (
             "one shared expert",
             {"norm_placement": "post"},
-            r"mixture with model\.norm_placement='post' and model\.qk_norm=F",
+            r"mixture: emo would need model\.norm_placement='pre' \(it is 'post'\)\.$",
         ),
-        ("one shared expert", {"qk_norm": True}, r"model\.qk_norm=True and model\.num_shared_experts=1"),
-        ("always active", {"qk_norm": True}, r"model\.qk_norm=True and model\.always_active_experts=\('4 1'"),
-        ("one shared expert", {"normalize_top_k": True}, r"normalize_top_k=True and model\.num_shared_experts=1"),
-        ("always active", {"normalize_top_k": True}, r"normalize_top_k=True and model\.always_active_experts="),
-        ("llama", {"qk_norm": True}, r"dense model with model\.norm_placement='pre' and model\.qk_norm=True"),
+        (
+            "one shared expert",
+            {"qk_norm": True},
+            r"emo .* model\.qk_norm=False \(it is True\); olmoe .* model\.num_shared_experts=0 \(it is 1\)\.$",
+        ),
+        ("always active", {"qk_norm": True}, r"olmoe .* model\.always_active_experts=\(\) \(it is \('4 1'"),
+        ("one shared expert", {"normalize_top_k": True}, r"emo would need model\.normalize_top_k=False \(it is True\)"),
+        ("always active", {"normalize_top_k": True}, r"emo would need model\.normalize_top_k=False \(it is True\)"),
+        ("one shared expert", {"labels": ("no", "yes")}, r"emo would need model\.labels=\(\) \(it is \('no', 'yes'\)"),
+        ("none shared", {"tied_embeddings": True}, r"mixture: emo .* model\.tied_embeddings=False \(it is True\)"),
+        (
+            "llama",
+            {"qk_norm": True},
+            r"dense model: llama .* model\.qk_norm=False \(it is True\); olmo2 .* model\.norm_placement='post'",
+        ),
+        ("llama", {"feed_forward": "relu"}, r"llama would need model\.feed_forward='swiglu' \(it is 'relu'\)"),
+        ("llama", {"biases": True}, r"llama would need model\.biases=False \(it is True\)"),
+        ("olmo2", {"tied_embeddings": True}, r"olmo2 would need model\.tied_embeddings=False \(it is True\)"),
+        ("gpt2", {"feed_forward": "swiglu"}, r"gpt2 .* model\.feed_forward='gelu_tanh' or 'gelu' or 'relu' \(it is 's"),
+        ("gpt2", {"num_kv_heads": 1}, r"gpt2 would need model\.num_kv_heads=0 or 2 \(it is 1\)"),
+        ("gpt2", {"token_types": 2}, r"gpt2 would need model\.token_types=0 \(it is 2\)"),
+        ("gpt2", {"norm": "rms"}, r"gpt2 would need model\.norm='layer' \(it is 'rms'\)"),
+        ("bert", {"token_types": 0}, r"bert would need model\.token_types=1 or 2 \(it is 0\)"),
+        ("bert", {"tied_embeddings": False}, r"bert would need model\.tied_embeddings=True \(it is False\)"),
+        ("bert", {"causal": True}, r"bert would need model\.causal=False \(it is True\)"),
+        ("bert", {"norm_placement": "pre"}, r"bert would need model\.norm_placement='sum' \(it is 'pre'\)"),
     ],
 )
 def test_what_no_published_format_holds_is_refused_with_the_field(tmp_path, name, change, message):
     config, _, _ = published(tmp_path / "origin", VARIANTS[name])
     config = dataclasses.replace(config, **change)
-    with pytest.raises(UserError, match=r"No published format holds .*" + message):
+    with pytest.raises(UserError, match=r"No published format holds this .*" + message):
         write_folder(tmp_path / "out", config, lambda path: pytest.fail("asked for a parameter"))
 
 
@@ -224,7 +244,7 @@ def test_an_origin_of_another_family_is_refused(tmp_path):
     config, _, _ = published(tmp_path / "emo")
     for name in ("llama", "olmo2", "olmoe"):
         published(tmp_path / name, VARIANTS[name])
-        with pytest.raises(UserError, match=rf"config\.json: No folder of model_type='{name}' holds a mixture"):
+        with pytest.raises(UserError, match=rf"config\.json: No folder of model_type='{name}' holds this mixture"):
             write_folder(tmp_path / "out", config, lambda path: pytest.fail("asked"), origin=tmp_path / name)
 
 

@@ -1,6 +1,7 @@
 """Makes the golden values here with PyTorch and transformers; see README.md. No test runs it.
 
-python generate.py olmoe olmoe_normalized olmo2 llama                    (transformers 5.24.0)
+python generate.py olmoe olmoe_normalized olmo2 llama llama_tied llama_classifier \
+    gpt2 gpt2_classifier bert bert_classifier                            (transformers 5.24.0)
 python generate.py emo_always_active olmo2_noqknorm_prenorm --code DIR   (transformers 4.57.1)
 """
 
@@ -24,16 +25,32 @@ COMMON = {
     "bos_token_id": None,
     "eos_token_id": 0,
 }
-EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "intermediate_size": 12}
-DENSE = {"intermediate_size": 48}
+EXPERTS = COMMON | {"num_experts": 8, "num_experts_per_tok": 3, "intermediate_size": 12}
+DENSE = COMMON | {"intermediate_size": 48}
+GPT2 = {
+    "vocab_size": 96,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 64,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+}
+BERT = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+}
+LABELS = {"id2label": {0: "no", 1: "maybe", 2: "yes"}, "label2id": {"no": 0, "maybe": 1, "yes": 2}}
+LAST = 95
+"""The padding of classifiers, which no text has."""
 
-MODELS = {
-    "olmoe": ("Olmoe", EXPERTS | {"num_key_value_heads": 2, "norm_topk_prob": False}),
-    "olmoe_normalized": ("Olmoe", EXPERTS | {"norm_topk_prob": True}),
-    "olmo2": ("Olmo2", DENSE),
-    "llama": ("Llama", DENSE | {"num_key_value_heads": 2}),
+MODELS = {  # the order seeds them
     "emo_always_active": (
-        "Emo",
+        "EmoForCausalLM",
         EXPERTS
         | {
             "num_hidden_layers": 3,
@@ -45,20 +62,34 @@ MODELS = {
             "dense_intermediate_size": 48,
         },
     ),
-    "olmo2_noqknorm_prenorm": ("Olmo2NoQKNormPrenorm", DENSE | {"num_key_value_heads": 2}),
+    "llama": ("LlamaForCausalLM", DENSE | {"num_key_value_heads": 2}),
+    "olmo2": ("Olmo2ForCausalLM", DENSE),
+    "olmo2_noqknorm_prenorm": ("Olmo2NoQKNormPrenormForCausalLM", DENSE | {"num_key_value_heads": 2}),
+    "olmoe": ("OlmoeForCausalLM", EXPERTS | {"num_key_value_heads": 2, "norm_topk_prob": False}),
+    "olmoe_normalized": ("OlmoeForCausalLM", EXPERTS | {"norm_topk_prob": True}),
+    "llama_tied": ("LlamaForCausalLM", DENSE | {"tie_word_embeddings": True}),
+    "llama_classifier": ("LlamaForSequenceClassification", DENSE | LABELS | {"pad_token_id": LAST}),
+    "gpt2": ("GPT2LMHeadModel", GPT2),
+    "gpt2_classifier": (
+        "GPT2ForSequenceClassification",
+        GPT2 | LABELS | {"pad_token_id": LAST, "activation_function": "gelu", "n_inner": 48},
+    ),
+    "bert": ("BertModel", BERT | {"hidden_act": "gelu_new"}),
+    "bert_classifier": ("BertForSequenceClassification", BERT | LABELS),
 }
 MODULES = {"Emo": "emo", "Olmo2NoQKNormPrenorm": "olmo2_noqknorm_prenorm"}
 """Packages in --code, with the public code of the EMO release."""
 
 
 def classes(name: str) -> tuple[type, type]:
-    """Config and causal language model."""
-    if name in MODULES:
-        module = MODULES[name]
+    """Config and model."""
+    family = name.split("For")[0].removesuffix("LMHeadModel").removesuffix("Model")
+    if family in MODULES:
+        module = MODULES[family]
         config = importlib.import_module(f"{module}.configuration_{module}")
         model = importlib.import_module(f"{module}.modeling_{module}")
-        return getattr(config, f"{name}Config"), getattr(model, f"{name}ForCausalLM")
-    return getattr(transformers, f"{name}Config"), getattr(transformers, f"{name}ForCausalLM")
+        return getattr(config, f"{family}Config"), getattr(model, name)
+    return getattr(transformers, f"{family}Config"), getattr(transformers, name)
 
 
 def main() -> None:
@@ -74,11 +105,13 @@ def main() -> None:
 @torch.no_grad()
 def make(name: str, folder: Path) -> None:
     """One model, its weights and what it computes."""
-    torch.manual_seed(sorted(MODELS).index(name))
-    config_class, model_class = classes(MODELS[name][0])
-    model = model_class(config_class(**(COMMON | MODELS[name][1]))).eval()
+    torch.manual_seed(list(MODELS).index(name))
+    class_name, values = MODELS[name]
+    config_class, model_class = classes(class_name)
+    model = model_class(config_class(**values)).eval()
     for parameter, value in model.named_parameters():
-        if "norm" in parameter:
+        scale = "norm" in parameter.lower() or ".ln_" in parameter
+        if scale and parameter.endswith("weight"):
             value.uniform_(0.5, 1.5)
         else:
             value.normal_(std=0.3)
@@ -86,23 +119,37 @@ def make(name: str, folder: Path) -> None:
     (folder / "generation_config.json").unlink(missing_ok=True)
     model.config._experts_implementation = "eager"  # the default one has no float64
 
-    input_ids = torch.randint(COMMON["vocab_size"], (2, 16))
-    generated = input_ids[:, :8]
-    for _ in range(12):
-        generated = torch.cat([generated, model(generated).logits[:, -1:].argmax(-1)], dim=1)
-    logits = model(input_ids).logits
-    print(name, "largest logit", logits.abs().max().item(), "rounding", rounding(model, generated))
-    tensors = {"input_ids": input_ids, "logits": logits, "generated": generated.contiguous()}
+    tensors = {"input_ids": torch.randint(LAST if "classifier" in name else COMMON["vocab_size"], (2, 16))}
+    if class_name.startswith("Bert"):
+        tensors["token_type_ids"] = (torch.arange(16) >= torch.tensor([[7], [12]])).long()
+    tensors |= outputs(model, tensors)
+    if hasattr(model, "lm_head"):
+        tensors["generated"] = generated(model, tensors["input_ids"][:, :8])
     save_file(tensors, folder / "expected.safetensors")
 
 
-def rounding(model: torch.nn.Module, tokens: torch.Tensor) -> float:
-    """How far float32 is from float64, which chooses the same experts and tokens then."""
-    single = model(tokens).logits
+def outputs(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Logits, or what a trunk gives instead; prints how far they are from float64."""
+    names = ("logits", "last_hidden_state", "pooler_output")
+    single = {key: value for key, value in model(**inputs).items() if key in names}
+    double = model.double()(**inputs)
+    model.float()
+    for key, value in single.items():
+        print(
+            model.__class__.__name__, key, value.abs().max().item(), "off by", (value - double[key]).abs().max().item()
+        )
+    return single
+
+
+def generated(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    """The tokens and 12 more, the likeliest each in float32 and in float64."""
+    prompt = tokens.shape[1]
+    for _ in range(12):
+        tokens = torch.cat([tokens, model(tokens).logits[:, -1:].argmax(-1)], dim=1)
     double = model.double()(tokens).logits
     model.float()
-    assert (single[:, 7:-1].argmax(-1) == tokens[:, 8:]).all() and (double[:, 7:-1].argmax(-1) == tokens[:, 8:]).all()
-    return (single - double).abs().max().item()
+    assert (double[:, prompt - 1 : -1].argmax(-1) == tokens[:, prompt:]).all()
+    return tokens.contiguous()
 
 
 if __name__ == "__main__":
