@@ -9,6 +9,7 @@ from emo_jax.errors import UserError, require, require_choice
 
 SOURCES = ("installed_text", "jsonl", "text", "tfds", "examples", "tokens", "mixture")
 PACKINGS = ("concatenate", "best_fit")
+LABEL_PLACES = ("first", "last")
 PREPARED_SOURCES = ("jsonl", "text", "tfds", "olmo")
 FORMATS = ("array_record", "olmo")
 ON_CORRUPT = ("stop", "skip")
@@ -32,9 +33,10 @@ class DataConfig:
     """`installed_text`: text any Python machine holds. `jsonl`: objects with `text` and an optional
     `domain`, plain, `.gz` or `.zst`. `text`: a folder of `.txt`/`.md` files, its subfolders the domains.
     `tfds`: the training split of a TensorFlow Datasets dataset in ArrayRecord format; TensorFlow is not needed.
-    `examples`: JSON lines with `prompt` and `answer`, which alone is learnt; each is a document. `tokens`: a folder
-    that `python -m emo_jax.prepare` made, read where it lies; what it holds was decided there, so of the fields below
-    only those that shape rows and batches act. `mixture`: several of these, `tokens` only with its like."""
+    `examples`: JSON lines with `prompt` and `answer`, which alone is learnt, or, with `labels`, with `text` (maybe
+    `text_pair` too) and `label`; each is a document. `tokens`: a folder that `python -m emo_jax.prepare` made, read
+    where it lies; what it holds was decided there, so of the fields below only those that shape rows and batches act.
+    `mixture`: several of these, `tokens` only with its like."""
     path: str = ""
     """File, folder or glob of `source`; for `tfds` a prepared dataset's folder or a name such as
     `wikipedia/20230601.en`; unused by `installed_text`."""
@@ -44,13 +46,23 @@ class DataConfig:
     rows, in an order that is new each time, before any comes again. A document without a domain has the part's name."""
     text_field: str = "text"
     """Where `jsonl` objects and `tfds` examples hold their text."""
+    labels: tuple[str, ...] = ()
+    """Of a classifier of texts, in the order of their indices; each text of source `examples` has one in `label`, as a
+    string, a whole number or a bool (`"true"`, `"false"` here). A text has one loss: of its label, at one token. Empty:
+    language modelling. `data.label_names` lists those of a file."""
+    label_at: str = "last"
+    """The token of a text where its label is read. `last`: of a decoder, which has read all of the text there.
+    `first`: of an encoder, BERT's [CLS]."""
+    special_tokens: bool = False
+    """Texts with labels get the tokens that the tokenizer's template puts around a text and between the two of a pair,
+    such as BERT's [CLS] and [SEP], and their token types. False: a text and its pair, one behind another."""
     tokenizer: str = ""
     """A Hugging Face `tokenizer.json`; empty: a byte-level BPE of `model.vocab_size` entries is trained
     on the run's own training documents."""
     end_of_text: str = "<|endoftext|>"
     """The token that ends a document; must exist in the tokenizer. Empty: documents end without one."""
     sequence_length: int = 1024
-    """S: tokens in a row."""
+    """S: tokens in a row. A text with a label is cut to it, the longer one of a pair first."""
     batch_size: int = 8
     """B: rows in a step."""
     max_documents: int = 64
@@ -69,7 +81,7 @@ class DataConfig:
     """Most held-out documents of a domain that an evaluation reads."""
     max_document_bytes: int = 12_000
     """Longer documents are cut into pieces of at most this many UTF-8 bytes, which then count as documents;
-    all pieces of one are on the same side of the held-out split."""
+    all pieces of one are on the same side of the held-out split. Texts with labels stay whole."""
     max_megabytes: int = 0
     """Stop after this much text (10⁶ bytes), spread evenly over the domains; 0: read everything."""
     cache_dir: str = ""
@@ -130,6 +142,30 @@ class DataConfig:
         )
         require(self.max_megabytes >= 0, f"data.max_megabytes={self.max_megabytes} is negative; 0 reads everything.")
         require(bool(self.text_field), "data.text_field is empty; name the field that holds the text.")
+        self._validate_labels()
+
+    def _validate_labels(self) -> None:
+        require_choice("data.label_at", self.label_at, LABEL_PLACES)
+        if not self.labels:
+            require(
+                not self.special_tokens,
+                "data.special_tokens=True is for texts with labels; name them in data.labels, or leave it out.",
+            )
+            return
+        require(
+            len(self.labels) > 1 and len(set(self.labels)) == len(self.labels) and all(self.labels),
+            f"data.labels={self.labels!r} must be at least two different names, or empty for a language model.",
+        )
+        require(
+            self.source == "examples",
+            f"data.source={self.source!r} has no labels, but data.labels={self.labels!r}: only data.source='examples' "
+            "goes with them, one file, folder or glob of JSON lines with text and label.",
+        )
+        require(
+            self.packing == "best_fit",
+            f"data.packing={self.packing!r} cuts texts where rows end, and a label is of a whole text: with "
+            "data.labels set data.packing='best_fit'.",
+        )
 
 
 @dataclasses.dataclass(frozen=True)

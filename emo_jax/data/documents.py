@@ -5,11 +5,26 @@ from typing import NamedTuple
 
 
 class Document(NamedTuple):
-    """One text, the name of the domain it comes from, and the byte of its UTF-8 text where an answer begins, if any."""
+    """One text and what is known of it.
+
+    Attributes:
+      text: all of it; an answer, or the second one of a pair, stands behind what it belongs to.
+      domain: the name of where it comes from.
+      answer: the byte of its UTF-8 text where the answer begins, if any; of a text with a label the one where its
+        pair begins, the text's end if it has none.
+      label: its index; -1: none.
+    """
 
     text: str
     domain: str
     answer: int = 0
+    label: int = -1
+
+
+def divide(text: str, at: int) -> tuple[str, str]:
+    """The first `at` bytes of a text, in UTF-8, and what is behind them."""
+    data = text.encode()
+    return data[:at].decode(), data[at:].decode()
 
 
 def digest(text: str) -> bytes:

@@ -127,12 +127,15 @@ def _place(sizes: list[int], sequence_length: int, max_documents: int) -> list[i
     return rows
 
 
-def row(split: Split, spans: np.ndarray, sequence_length: int, max_repetitions: int = 0) -> dict[str, np.ndarray]:
+def row(
+    split: Split, spans: np.ndarray, sequence_length: int, max_repetitions: int = 0, label_at: str = "last"
+) -> dict[str, np.ndarray]:
     """Spans of a split as one row of the batch contract.
 
     Every document is a run of one id, numbered from 1; so is what a row before has left of one. Positions
     count from 0 in each run. The last token of a run, its end token or the cut at the row's end, has no target; nor has
     one whose next token is still of the prompt.
+    In a split with labels a document has one target, its label, at its first or last token; 0 where it is unknown.
     A row that `is_repetitive` keeps nothing but its tokens: its document ids are all 0.
 
     Args:
@@ -140,11 +143,14 @@ def row(split: Split, spans: np.ndarray, sequence_length: int, max_repetitions: 
       spans: int64 [spans, 2], an item of `Rows`; none give a row of padding.
       sequence_length: S, at least what the spans hold.
       max_repetitions: of `is_repetitive`; 0: any row is kept.
+      label_at: `first` or `last`.
 
     Returns:
-      `tokens`, `targets`, `document_ids`, `positions` int32 [S] and `loss_mask` bool [S], padded with 0.
+      `tokens`, `targets`, `document_ids`, `positions` int32 [S] and `loss_mask` bool [S], padded with 0; `token_types`
+      int32 [S], 0 or 1, where the split has labels and types.
     """
-    names = ("tokens", "targets", "document_ids", "positions")
+    typed = split.labels is not None and split.answers is not None
+    names = ("tokens", "targets", "document_ids", "positions", *(["token_types"] if typed else []))
     values = {name: np.zeros(sequence_length, np.int32) for name in names}
     loss_mask_S = np.zeros(sequence_length, bool)
     starts, stops, documents = _runs(split.offsets, spans)
@@ -156,12 +162,23 @@ def row(split: Split, spans: np.ndarray, sequence_length: int, max_repetitions: 
     if size and not (max_repetitions and is_repetitive(values["tokens"][:size], max_repetitions)):
         values["document_ids"][:size] = np.repeat(np.arange(1, len(lengths) + 1), lengths)
         values["positions"][:size] = np.arange(size) - np.repeat(ends - lengths, lengths)
-        loss_mask_S[:size] = True
-        loss_mask_S[ends - 1] = False
-        if split.answers is not None:  # where the target stands before its document's answer, nothing is learnt
-            place = values["positions"][:size] + np.repeat(starts - split.offsets[documents], lengths)
-            loss_mask_S[:size] &= place + 1 >= np.repeat(split.answers[documents], lengths)
-        values["targets"][:-1] = np.where(loss_mask_S[:-1], values["tokens"][1:], 0)
+        begun = starts - split.offsets[documents]  # tokens of the document before its run
+        place = values["positions"][:size] + np.repeat(begun, lengths)
+        if split.labels is not None:
+            last = split.offsets[documents + 1] - split.offsets[documents] - 1
+            at = (last if label_at == "last" else 0) - begun
+            here = (at >= 0) & (at < lengths)
+            read = (ends - lengths + at)[here]
+            loss_mask_S[read] = True
+            values["targets"][read] = np.maximum(split.labels[documents[here]], 0)
+            if split.answers is not None:
+                values["token_types"][:size] = place >= np.repeat(split.answers[documents], lengths)
+        else:
+            loss_mask_S[:size] = True
+            loss_mask_S[ends - 1] = False
+            if split.answers is not None:  # where the target stands before its document's answer, nothing is learnt
+                loss_mask_S[:size] &= place + 1 >= np.repeat(split.answers[documents], lengths)
+            values["targets"][:-1] = np.where(loss_mask_S[:-1], values["tokens"][1:], 0)
     return {**values, "loss_mask": loss_mask_S}
 
 

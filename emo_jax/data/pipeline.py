@@ -15,7 +15,6 @@ from emo_jax.data.store import Log, Split, TokenStore, silent
 from emo_jax.errors import require
 
 _PADDING = np.zeros((0, 2), np.int64)
-_NOTHING = Split(np.zeros(0, np.uint32), np.zeros(1, np.int64), np.zeros(0, np.int32))
 
 if TYPE_CHECKING:
     import grain
@@ -31,23 +30,24 @@ class _SplitRows:
         return len(self._rows)
 
     def __getitem__(self, r: int) -> tuple[Split, np.ndarray]:
-        return self._split, self._rows[r]
+        return self._split, self._rows[r] if r >= 0 else _PADDING
 
 
 class _Batches:
-    """Batches of rows by index, -1 for a row of padding."""
+    """Batches of rows by index, -1 (of a split's) for a row of padding."""
 
     def __init__(
         self, rows: _SplitRows | ShardRows, config: DataConfig, max_repetitions: int = 0, with_domains: bool = False
     ):
         self.rows = rows
         self._sequence_length, self._max_documents = config.sequence_length, config.max_documents
-        self._max_repetitions = max_repetitions
+        self._max_repetitions, self._label_at = max_repetitions, config.label_at
         self._with_domains = with_domains
 
     def __call__(self, indices: list[int]) -> dict[str, np.ndarray]:
-        found = [self.rows[r] if r >= 0 else (_NOTHING, _PADDING) for r in indices]
-        read = [row(split, spans, self._sequence_length, self._max_repetitions) for split, spans in found]
+        found = [self.rows[r] for r in indices]
+        shape = self._sequence_length, self._max_repetitions, self._label_at
+        read = [row(split, spans, *shape) for split, spans in found]
         batch = {name: np.stack([values[name] for values in read]) for name in read[0]}
         if self._with_domains:
             domains = [row_domains(split, spans, self._max_documents) for split, spans in found]
@@ -67,15 +67,15 @@ def train_batches(
 
     Args:
       store: an open store.
-      config: `sequence_length`, `batch_size`, `max_documents`, `packing`, `max_repetitions`, `shuffle_seed` and
-        the weights of `mixture` are read.
+      config: `sequence_length`, `batch_size`, `max_documents`, `packing`, `max_repetitions`, `shuffle_seed`,
+        `label_at` and the weights of `mixture` are read.
       places: of the rows to read in a global batch, 0 … B − 1; None: all.
       log: receives a line on the rows.
 
     Returns:
       A dataset of dicts of [places, S] arrays: `tokens`, `targets`, `document_ids`, `positions` int32,
-      `loss_mask` bool; a row that the repetition filter took out has document ids of 0 only. Its iterator has
-      `get_state`, `set_state` and works with `grain.checkpoint`.
+      `loss_mask` bool, and `token_types` int32 if the store has types; a row that the repetition filter took out has
+      document ids of 0 only. Its iterator has `get_state`, `set_state` and works with `grain.checkpoint`.
 
     Raises:
       UserError: if there is nothing to train on.
@@ -114,7 +114,7 @@ def heldout_batches(
 
     Args:
       store: an open store.
-      config: `sequence_length`, `max_documents` and `packing` are read.
+      config: `sequence_length`, `max_documents`, `packing` and `label_at` are read.
       batch_size: rows in a global batch; the last batch is filled up with rows of padding.
       places: of the rows to read in a global batch; None: all.
 
@@ -133,7 +133,7 @@ def heldout_batches(
         f"{store.directory} has no held-out documents; raise data.heldout_fraction or give more text, "
         "and build it anew.",
     )
-    rows = pack_rows(store.heldout.offsets, config.sequence_length, config.max_documents, config.packing)
+    rows = _pack_part(store.heldout, 0, len(store.heldout), config)
     batch = _Batches(_SplitRows(store.heldout, rows), config, with_domains=True)
     count = len(batch.rows)
 
@@ -152,7 +152,7 @@ def domain_batches(
     Args:
       split: documents, domain after domain, such as a store's held-out ones.
       domains: names, in the order of the split's indices.
-      config: `sequence_length`, `max_documents` and `packing` are read.
+      config: `sequence_length`, `max_documents`, `packing` and `label_at` are read.
       batch_size: rows of a batch; the last of a domain is filled up with rows of padding.
       documents: most documents of a domain; 0: all.
 
@@ -185,7 +185,8 @@ def first_documents(split: Split | Shards, domains: Sequence[str], documents: in
     tokens = np.concatenate(spans) if spans else np.zeros(0, split.tokens.dtype)
     offsets = np.cumsum([0, *map(len, spans)])
     answers = None if split.answers is None else split.answers[chosen]
-    return Split(tokens, offsets, split.domains[chosen], answers)
+    labels = None if split.labels is None else split.labels[chosen]
+    return Split(tokens, offsets, split.domains[chosen], answers, labels)
 
 
 def count_train_rows(store: TokenStore, config: DataConfig) -> int:
@@ -209,7 +210,19 @@ def _train_rows(
 
 
 def _pack_part(split: Split, start: int, stop: int, config: DataConfig) -> Rows:
-    """The rows of documents start … stop − 1: they share none with other parts."""
+    """The rows of documents start … stop − 1: they share none with other parts.
+
+    Raises:
+      UserError: where a text with a label would be cut.
+    """
     offsets = split.offsets[start : stop + 1]
+    if split.labels is not None:
+        longest = int(np.diff(offsets).max(initial=0))
+        require(
+            config.packing == "best_fit" and config.sequence_length >= longest,
+            f"data.packing={config.packing!r} with data.sequence_length={config.sequence_length} would cut texts with "
+            f"labels, of up to {longest} tokens: set data.packing='best_fit' and data.sequence_length to {longest} or "
+            "more.",
+        )
     rows = pack_rows(offsets - offsets[0], config.sequence_length, config.max_documents, config.packing)
     return Rows(rows.spans + offsets[0], rows.offsets)

@@ -5,6 +5,7 @@ import glob
 import gzip
 import json
 import pathlib
+import re
 import zlib
 from collections.abc import Generator, Iterator, Sequence
 from typing import IO, Any
@@ -14,7 +15,7 @@ import zstandard
 from emo_jax.data.config import DataConfig, Part
 from emo_jax.data.documents import Document
 from emo_jax.data.installed import installed_documents
-from emo_jax.errors import UserError, require
+from emo_jax.errors import UserError, require, require_choice
 
 DEFAULT_DOMAIN = "text"
 COMPRESSED = (".gz", ".zst", ".zstd")
@@ -31,20 +32,20 @@ def read_documents(config: DataConfig) -> Iterator[tuple[Document, int]]:
       UserError: if a path is missing, holds no documents, or a file cannot be read; while iterating.
     """
     for index, part in enumerate(config.parts()):
-        for document in _read(part, config.text_field):
+        for document in _read(part, config):
             named = part.name if part.name and document.domain == DEFAULT_DOMAIN else document.domain
             yield document._replace(domain=named), index
 
 
-def _read(part: Part, text_field: str) -> Iterator[Document]:
+def _read(part: Part, config: DataConfig) -> Iterator[Document]:
     if part.source == "installed_text":
         return installed_documents()
     if part.source == "text":
         return text_documents(part.path)
     if part.source == "examples":
-        return example_documents(part.path)
+        return example_documents(part.path, config.labels)
     reader = {"jsonl": jsonl_documents, "tfds": tfds_documents}[part.source]
-    return reader(part.path, text_field)
+    return reader(part.path, config.text_field)
 
 
 def jsonl_documents(path: str, text_field: str = "text") -> Iterator[Document]:
@@ -64,15 +65,22 @@ def jsonl_documents(path: str, text_field: str = "text") -> Iterator[Document]:
             yield document
 
 
-def example_documents(path: str) -> Iterator[Document]:
+def example_documents(path: str, labels: Sequence[str] = ()) -> Iterator[Document]:
     """Yields each line's `prompt` with its `answer` behind it, or its `text`; `domain` is optional.
 
     Args:
       path: as in `jsonl_documents`.
+      labels: of a classifier: then each line has a `text`, maybe a `text_pair` (an empty one is none), and a `label`.
 
     Raises:
-      UserError: as there; where an answer is empty.
+      UserError: as there; where an answer is empty, or a label is missing or unknown.
     """
+    if labels:
+        indices = {name: index for index, name in enumerate(labels)}
+        for document, name, where in _labelled(path):
+            require_choice(f"{where} has a label that is not in data.labels: label", name, labels)
+            yield document._replace(label=indices[name])
+        return
     for value, where in _objects(path, "text"):
         if "prompt" not in value:
             document = to_document(value, where, "text")
@@ -83,6 +91,45 @@ def example_documents(path: str) -> Iterator[Document]:
             document = Document(prompt.text + answer.text, prompt.domain, len(prompt.text.encode()))
         if document.text.strip():
             yield document
+
+
+def label_names(path: str) -> tuple[str, ...]:
+    """The labels that the examples of a file have, numbers in their order, others sorted: for `DataConfig.labels`.
+
+    Args:
+      path: as in `jsonl_documents`.
+
+    Raises:
+      UserError: as there; where a label is missing, or all are the same.
+    """
+    names = {name for _, name, _ in _labelled(path)}
+    known = f"only the label {', '.join(map(repr, names))}" if names else "no examples"
+    require(len(names) > 1, f"{path} has {known}; a classifier needs examples of at least two.")
+    if all(re.fullmatch("-?[0-9]+", name) for name in names):
+        return tuple(sorted(names, key=lambda name: (int(name), name)))
+    return tuple(sorted(names))
+
+
+def _labelled(path: str) -> Iterator[tuple[Document, str, str]]:
+    """Yields each text that is not blank, its pair behind it, the name of its label and where it stands."""
+    for value, where in _objects(path, "text"):
+        first = to_document(value, where, "text")
+        paired = value.get("text_pair") is not None
+        text = first.text + (to_document(value, where, "text_pair").text if paired else "")
+        if text.strip():
+            yield Document(text, first.domain, len(first.text.encode())), _label(value, where), where
+
+
+def _label(value: dict[str, Any], where: str) -> str:
+    label = value.get("label")
+    require(label is not None, f"{where} has no label; its fields are {', '.join(map(repr, value))}.")
+    require(
+        isinstance(label, str | int) and label != "",
+        f"{where} has label={label!r}; a label is a string, a whole number, true or false.",
+    )
+    name = str(label).lower() if isinstance(label, bool) else str(label)
+    _check_characters(name, where)
+    return name
 
 
 def _objects(path: str, field: str) -> Iterator[tuple[dict[str, Any], str]]:
@@ -268,8 +315,12 @@ def to_document(value: Any, where: str, text_field: str) -> Document:
     found = ", ".join(map(repr, value)) or "none"
     require(isinstance(text, str), f"{where} has no string field {text_field!r}; its fields are {found}.")
     require(isinstance(domain, str) and bool(domain), f"{where} has domain={domain!r}; give a name or leave it out.")
+    _check_characters(text + domain, where)
+    return Document(text, domain)
+
+
+def _check_characters(text: str, where: str) -> None:
     try:
-        (text + domain).encode()
+        text.encode()
     except UnicodeEncodeError as error:
         raise UserError(f"{where} holds half a surrogate pair, which is no character; repair that line.") from error
-    return Document(text, domain)

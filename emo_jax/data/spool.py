@@ -16,14 +16,15 @@ class Spool:
 
     Attributes:
       domains: names, sorted.
-      duplicates: documents dropped because an earlier one has the same text.
+      duplicates: documents dropped because an earlier one has the same text (and the same pair and label, if any).
       sizes: int64 [pieces], UTF-8 bytes.
       domain_of: int32 [pieces], indices into `domains`.
       part_of: int32 [pieces], parts of a mixture.
       heldout: bool [pieces].
       hashes: uint64 [pieces], of the whole document.
       ranks: int32 [pieces], a piece's number within its document.
-      answers: int64 [pieces], the byte of a piece where training begins.
+      answers: int64 [pieces], the byte of a piece where training begins, or the pair of a text with a label.
+      labels: int32 [pieces], -1 where a document has none.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class Spool:
         Args:
           documents: whole documents, each with the index of its part of a mixture.
           path: file to create; it holds at most `max_megabytes` a domain.
-          max_piece_bytes: where longer documents are cut.
+          max_piece_bytes: where longer documents are cut; those with labels are not.
           heldout_fraction: see `is_heldout`.
           max_megabytes: what is needed of any domain, in 10⁶ bytes; 0: everything.
         """
@@ -49,23 +50,24 @@ class Spool:
         spooled: list[int] = []
         seen: set[bytes] = set()
         ends, domain_of, part_of = array("q"), array("i"), array("i")
-        heldout, hashes, ranks, answers = array("b"), array("Q"), array("i"), array("q")
+        heldout, hashes, ranks, answers, labels = array("b"), array("Q"), array("i"), array("q"), array("i")
         self.duplicates = 0
         position = 0
         with path.open("wb") as file:
-            for (text, domain, answer), part in documents:
+            for (text, domain, answer, label), part in documents:
                 key = digest(text)
-                if key in seen:
+                example = key if label < 0 else key + b"%d %d" % (answer, label)
+                if example in seen:
                     self.duplicates += 1
                     continue
-                seen.add(key)
+                seen.add(example)
                 index = names.setdefault(domain, len(names))
                 if index == len(spooled):
                     spooled.append(0)
                 if spooled[index] >= limit:
                     continue
                 data = text.encode()
-                cuts = cut_points(data, max_piece_bytes)
+                cuts = cut_points(data, max_piece_bytes) if label < 0 else [len(data)]
                 file.write(data)
                 ends.extend(position + cut for cut in cuts)
                 domain_of.extend([index] * len(cuts))
@@ -73,6 +75,7 @@ class Spool:
                 heldout.extend([heldout_by_digest(key, heldout_fraction)] * len(cuts))
                 hashes.extend([int.from_bytes(key[:8])] * len(cuts))
                 ranks.extend(range(len(cuts)))
+                labels.extend([label] * len(cuts))
                 starts = [0, *cuts[:-1]]
                 answers.extend(
                     min(max(answer - start, 0), end - start) for start, end in zip(starts, cuts, strict=True)
@@ -89,6 +92,7 @@ class Spool:
         self.hashes = np.array(hashes, np.uint64)
         self.ranks = np.array(ranks, np.int32)
         self.answers = np.array(answers, np.int64)
+        self.labels = np.array(labels, np.int32)
         self._bytes = np.memmap(path, np.uint8, "r") if position else np.zeros(0, np.uint8)
 
     def text(self, piece: int) -> str:

@@ -16,10 +16,11 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from emo_jax.data.config import DataConfig
-from emo_jax.data.documents import Document
+from emo_jax.data.documents import Document, divide
+from emo_jax.data.encoding import Encoded, encode_labelled, encode_parts
 from emo_jax.data.sources import read_documents
 from emo_jax.data.spool import Spool
-from emo_jax.data.tokenizer import SAMPLE_BYTES, encode, load_tokenizer, train_tokenizer
+from emo_jax.data.tokenizer import SAMPLE_BYTES, load_tokenizer, train_tokenizer
 from emo_jax.errors import UserError, require
 
 if TYPE_CHECKING:
@@ -39,12 +40,14 @@ _CONTENT_FIELDS = (
     "max_megabytes",
     "shuffle_seed",
     "mixture",
+    "special_tokens",
 )
 _PREPARED_FIELDS = ("source", "path", "tokenizer", "end_of_text")  # a prepared folder has decided the others
 _ENCODE_BYTES = 2_000_000  # text that is tokenized at a time
 _HASH_BYTES = 1 << 22
 
 Log = Callable[[str], None]
+_Encode = Callable[[list[str], np.ndarray], Iterator[Encoded]]
 
 
 def silent(message: str) -> None:
@@ -53,19 +56,22 @@ def silent(message: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """One side of a store: documents one after another, each followed by the end token, if there is one.
+    """One side of a store: documents one after another, each followed by the end token, if there is one (and no label).
 
     Attributes:
       tokens: uint16 or uint32 [N], read from disk as it is used.
       offsets: int64 [documents + 1], where each document starts; the last is N.
       domains: int32 [documents], indices into `TokenStore.domains`.
       answers: int64 [documents], a document's token where training begins; None: all begin with their first.
+        With labels: where its tokens of type 1 begin, its length if it has none; None: the store has no types.
+      labels: int32 [documents], of classified texts, -1 where unknown; None: for language modelling.
     """
 
     tokens: np.ndarray
     offsets: np.ndarray
     domains: np.ndarray
     answers: np.ndarray | None = None
+    labels: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.domains)
@@ -97,7 +103,7 @@ class TokenStore:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 over both token files: equal for equal tokens in an equal order."""
+        """sha256 over both token files, and the labels: equal for equal tokens in an equal order."""
         return self.manifest["fingerprint"]
 
     @property
@@ -150,11 +156,17 @@ class TokenStore:
             f"{path} has {found} bytes, its manifest says {count * dtype.itemsize}: delete {self.directory} "
             "and run again to rebuild it.",
         )
+
+        def of_documents(what: str) -> np.ndarray | None:
+            file = self.directory / f"{name}_{what}.npy"
+            return np.load(file) if file.exists() else None
+
         return Split(
             tokens=np.memmap(path, dtype, "r") if count else np.zeros(0, dtype),
             offsets=np.load(self.directory / f"{name}_offsets.npy"),
             domains=np.load(self.directory / f"{name}_domains.npy"),
-            answers=np.load(answers) if (answers := self.directory / f"{name}_answers.npy").exists() else None,
+            answers=of_documents("answers"),
+            labels=of_documents("labels"),
         )
 
 
@@ -289,12 +301,20 @@ def _write(config: DataConfig, vocab_size: int, directory: pathlib.Path, log: Lo
 
     dtype = np.uint16 if vocab_size <= 1 << 16 else np.uint32
     end_id = tokenizer.get_vocab(with_added_tokens=True)[config.end_of_text] if config.end_of_text else -1
+
+    def encode(texts: list[str], answers: np.ndarray) -> Iterator[Encoded]:
+        if not config.labels:
+            return encode_parts(tokenizer, texts, answers, end_id)
+        pairs = [divide(text, at) for text, at in zip(texts, answers, strict=True)]
+        length, special = config.sequence_length, config.special_tokens
+        return encode_labelled(tokenizer, pairs, sequence_length=length, special_tokens=special)
+
     counts = {}
     for name in _SPLITS:
-        pieces[name], counts[name] = _write_split(
-            spool, pieces[name], tokenizer, end_id, np.dtype(dtype), directory / name
-        )
+        pieces[name], counts[name], cut = _write_split(spool, pieces[name], encode, np.dtype(dtype), directory / name)
         log(f"{name}: {counts[name]['documents']} documents, {counts[name]['tokens']} tokens.")
+        if cut:
+            log(f"{name}: {cut} documents are cut to data.sequence_length={config.sequence_length} tokens.")
     texts_path.unlink()
     missing = [name for name, count in counts["heldout"]["by_domain"].items() if not count["documents"]]
     if missing:
@@ -333,24 +353,26 @@ def _sample(spool: Spool, pieces: np.ndarray) -> Iterator[str]:
 
 
 def _write_split(
-    spool: Spool, pieces: np.ndarray, tokenizer: Tokenizer, end_id: int, dtype: np.dtype, path: pathlib.Path
-) -> tuple[np.ndarray, dict[str, Any]]:
-    """Writes `path`.bin and its arrays; returns the pieces that have tokens, and the counts for the manifest."""
+    spool: Spool, pieces: np.ndarray, encode: _Encode, dtype: np.dtype, path: pathlib.Path
+) -> tuple[np.ndarray, dict[str, Any], int]:
+    """Writes `path`.bin and its arrays; returns the pieces that have tokens, their counts, and how many were cut."""
     lengths: list[int] = []
     answers: list[int] = []
+    cut = 0
     with path.with_name(f"{path.name}.bin").open("wb") as file:
         for batch, texts in spool.batches(pieces, _ENCODE_BYTES):
-            for ids, answer in _encode_parts(tokenizer, texts, spool.answers[batch]):
-                answers.append(answer)
-                if end_id >= 0:
-                    ids.append(end_id)
-                file.write(np.array(ids, dtype).tobytes())
-                lengths.append(len(ids))
+            for encoded in encode(texts, spool.answers[batch]):
+                answers.append(encoded.second)
+                file.write(np.array(encoded.tokens, dtype).tobytes())
+                lengths.append(len(encoded.tokens))
+                cut += encoded.cut
     lengths_N = np.array(lengths, np.int64)
     pieces, lengths_N = pieces[lengths_N > 0], lengths_N[lengths_N > 0]
     domains_N = spool.domain_of[pieces]
     if any(answers):
         np.save(path.with_name(f"{path.name}_answers.npy"), np.array(answers, np.int64)[np.array(lengths) > 0])
+    if (spool.labels[pieces] >= 0).any():
+        np.save(path.with_name(f"{path.name}_labels.npy"), spool.labels[pieces])
     np.save(path.with_name(f"{path.name}_offsets.npy"), np.concatenate(([0], np.cumsum(lengths_N))).astype(np.int64))
     np.save(path.with_name(f"{path.name}_domains.npy"), domains_N.astype(np.int32))
 
@@ -359,19 +381,7 @@ def _write_split(
         return {"documents": len(sizes), "tokens": int(lengths_N[chosen].sum()), "bytes": int(sizes.sum())}
 
     by_domain = {name: count(domains_N == index) for index, name in enumerate(spool.domains)}
-    return pieces, {**count(np.ones(len(pieces), bool)), "by_domain": by_domain}
-
-
-def _encode_parts(tokenizer: Tokenizer, texts: list[str], answers: np.ndarray) -> Iterator[tuple[list[int], int]]:
-    """Token ids of each text and where its answer begins; prompts and answers are tokenized apart, as they are met."""
-    if not answers.any():
-        yield from ((ids, 0) for ids in encode(tokenizer, texts))
-        return
-    cut = [text.encode() for text in texts]
-    prompts = encode(tokenizer, [text[:at].decode() for text, at in zip(cut, answers, strict=True)])
-    rests = encode(tokenizer, [text[at:].decode() for text, at in zip(cut, answers, strict=True)])
-    for prompt, rest in zip(prompts, rests, strict=True):
-        yield prompt + rest, len(prompt)
+    return pieces, {**count(np.ones(len(pieces), bool)), "by_domain": by_domain}, cut
 
 
 def _parts(config: DataConfig, part_of: np.ndarray) -> list[list[Any]]:
@@ -385,8 +395,9 @@ def _parts(config: DataConfig, part_of: np.ndarray) -> list[list[Any]]:
 
 def _fingerprint(directory: pathlib.Path) -> str:
     digest = hashlib.sha256()
-    for name in _SPLITS:
-        with (directory / f"{name}.bin").open("rb") as file:
+    paths = [directory / f"{name}{what}" for what in (".bin", "_labels.npy") for name in _SPLITS]
+    for path in (path for path in paths if path.exists()):
+        with path.open("rb") as file:
             while chunk := file.read(_HASH_BYTES):
                 digest.update(chunk)
     return digest.hexdigest()
@@ -395,6 +406,8 @@ def _fingerprint(directory: pathlib.Path) -> str:
 def _settings(config: DataConfig, vocab_size: int) -> dict[str, Any]:
     fields = _PREPARED_FIELDS if config.parts()[0].source == "tokens" else _CONTENT_FIELDS
     settings = {name: getattr(config, name) for name in fields} | {"vocab_size": vocab_size}
+    settings |= {"labels": list(config.labels)}  # as JSON has it
+    settings |= {"sequence_length": config.sequence_length if config.labels else 0}  # else it only shapes rows
     # Weights choose rows, not tokens.
     return settings | {"mixture": [[part.name, part.source, part.path] for part in config.parts() if part.name]}
 

@@ -3,8 +3,10 @@
 import json
 import pathlib
 import random
+import string
 
 import pytest
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from emo_jax.data import DataConfig, prepare_store
 
@@ -24,6 +26,27 @@ def write_corpus(path: pathlib.Path, documents: int = 240) -> pathlib.Path:
             text = " ".join(rng.choices(_WORDS[domain].split(), k=rng.randint(1, 60))) + f" {number}\n"
             file.write(json.dumps({"text": text, "domain": domain}) + "\n")
     return path
+
+
+def write_wordpiece(path: pathlib.Path) -> pathlib.Path:
+    """A tokenizer as BERT's: pieces of a letter or a few, [CLS] and [SEP] around texts, types 0 and 1."""
+    letters = [*string.ascii_lowercase, *string.digits, "ca", "mo"]
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *letters, *(f"##{piece}" for piece in [*letters, "ss", "rch"])]
+    vocabulary = {word: index for index, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.add_special_tokens(["[PAD]", "[UNK]", "[CLS]", "[SEP]"])
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    tokenizer.save(str(path))
+    return path
+
+
+@pytest.fixture(scope="session")
+def wordpiece(tmp_path_factory):
+    return write_wordpiece(tmp_path_factory.mktemp("wordpiece") / "tokenizer.json")
 
 
 @pytest.fixture

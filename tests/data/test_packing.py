@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -106,6 +108,38 @@ def test_best_fit_rows_are_those_that_looking_at_every_row_gives(documents, sequ
     assert_rows(split, rows, expected, sequence_length, max_documents)
     padding = len(expected) * sequence_length - len(split.tokens)
     assert padding_share(rows, sequence_length) == pytest.approx(padding / (len(expected) * sequence_length))
+
+
+@settings(deadline=None)
+@given(DOCUMENTS, st.data(), st.sampled_from(["concatenate", "best_fit"]), st.sampled_from(["first", "last"]))
+def test_a_document_has_one_loss_of_its_label_and_types_from_its_second_part_on(documents, data, packing, label_at):
+    split = split_of(documents)
+    sizes = np.diff(split.offsets)
+    labels = np.array([data.draw(st.integers(-1, 3)) for _ in documents], np.int32)
+    seconds = np.array([data.draw(st.integers(0, size)) for size in sizes.tolist()])
+    labelled = dataclasses.replace(split, answers=seconds, labels=labels)
+    sequence_length, max_documents = data.draw(st.integers(2, 16)), data.draw(st.integers(1, 6))
+    found = {}
+    for spans in pack_rows(split.offsets, sequence_length, max_documents, packing):
+        plain = row(split, spans, sequence_length)
+        values = row(labelled, spans, sequence_length, label_at=label_at)
+        assert values.keys() == plain.keys() | {"token_types"}
+        for name in ("tokens", "document_ids", "positions"):
+            np.testing.assert_array_equal(values[name], plain[name])
+        untyped = row(dataclasses.replace(labelled, answers=None), spans, sequence_length, label_at=label_at)
+        assert untyped.keys() == plain.keys()
+        np.testing.assert_array_equal(untyped["loss_mask"], values["loss_mask"])
+        assert not values["targets"][~values["loss_mask"]].any()
+        owners = row_domains(split, spans, max_documents)  # each document has a domain of its own
+        for s in np.flatnonzero(values["document_ids"]):
+            seen = [int(values[name][s]) for name in ("token_types", "loss_mask", "targets")]
+            found.setdefault(owners[values["document_ids"][s] - 1], []).append(seen)
+    for document, (size, second, label) in enumerate(zip(sizes, seconds, labels, strict=True)):
+        types, losses, targets = np.array(found[document]).T
+        assert types.tolist() == [0] * second + [1] * (size - second)
+        read = 0 if label_at == "first" else size - 1
+        assert np.flatnonzero(losses).tolist() == [read]
+        assert targets[read] == max(label, 0)
 
 
 @pytest.mark.parametrize("max_documents", [1, 3, 64])

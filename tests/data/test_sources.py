@@ -8,7 +8,7 @@ import pytest
 import tensorflow_datasets as tfds
 import zstandard
 
-from emo_jax.data import DataConfig, build_store, read_documents
+from emo_jax.data import DataConfig, build_store, label_names, read_documents
 from emo_jax.errors import UserError
 
 LINES = [{"text": "one"}, {"text": "two", "domain": "d"}, {"text": "žluť", "domain": "d"}]
@@ -129,6 +129,92 @@ def test_jsonl_mistake_is_located_by_file_and_line(tmp_path, line, message):
     (tmp_path / "a.jsonl").write_bytes(encoded(LINES[:1]) + line + b"\n")
     with pytest.raises(UserError, match=message):
         read("jsonl", tmp_path / "a.jsonl")
+
+
+def read_labelled(path, *labels):
+    config = DataConfig(source="examples", path=str(path), labels=labels, packing="best_fit")
+    config.validate()
+    return [tuple(document) for document, _ in read_documents(config)]
+
+
+def test_texts_and_pairs_are_read_with_the_indices_of_their_labels(tmp_path):
+    lines = [
+        {"text": "žluť", "text_pair": " is yellow", "label": "yes", "domain": "d"},
+        {"text": "one", "label": True},
+        {"text": "two", "text_pair": None, "label": 0},
+        {"text": "two", "text_pair": "", "label": "0"},
+        {"text": "", "text_pair": "alone", "label": "yes"},
+        {"text": " "},
+    ]
+    (tmp_path / "a.jsonl").write_bytes(encoded(lines))
+    assert read_labelled(tmp_path, "0", "true", "yes") == [
+        ("žluť is yellow", "d", len("žluť".encode()), 2),
+        ("one", "text", 3, 1),
+        ("two", "text", 3, 0),
+        ("two", "text", 3, 0),
+        ("alone", "text", 0, 2),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"text": "x"}, r"a\.jsonl:2 has no label; its fields are 'text'"),
+        ({"text": "x", "label": None}, r"a\.jsonl:2 has no label; its fields are 'text', 'label'"),
+        ({"text": "x", "label": 1.5}, r"a\.jsonl:2 has label=1\.5; a label is a string, a whole number, true or false"),
+        ({"text": "x", "label": ""}, r"a\.jsonl:2 has label=''"),
+        ({"text": "x", "label": "\ud800"}, r"a\.jsonl:2 holds half a surrogate pair"),
+        ({"prompt": "x", "answer": "y", "label": "yes"}, r"a\.jsonl:2 has no string field 'text'"),
+        ({"text": "x", "text_pair": 3, "label": "yes"}, r"a\.jsonl:2 has no string field 'text_pair'"),
+        (
+            {"text": "x", "label": "yess"},
+            r"a\.jsonl:2 has a label that is not in data\.labels: label='yess' is not one of 'no', 'yes'\. "
+            r"Did you mean 'yes'\?",
+        ),
+    ],
+)
+def test_mistake_about_a_label_is_located_by_file_and_line(tmp_path, line, message):
+    lines = [{"text": "one", "label": "no"}, line]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(UserError, match=message):
+        read_labelled(tmp_path / "a.jsonl", "no", "yes")
+
+
+def test_labels_of_a_file_come_in_the_order_of_numbers_or_of_names(tmp_path):
+    path = tmp_path / "a.jsonl"
+    for given, expected in (
+        ([10, 9, "-1", 10], ("-1", "9", "10")),
+        (["b", "a", 10, 9], ("10", "9", "a", "b")),
+        ([True, False], ("false", "true")),
+    ):
+        path.write_bytes(encoded([{"text": "x", "label": label} for label in given]))
+        assert label_names(str(path)) == expected
+    path.write_bytes(encoded([{"text": "x", "label": "same"}] * 2))
+    with pytest.raises(UserError, match=r"a\.jsonl has only the label 'same'; a classifier needs .* at least two"):
+        label_names(str(path))
+    path.write_bytes(encoded([{"text": " "}]))
+    with pytest.raises(UserError, match=r"has no examples"):
+        label_names(str(path))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"labels": ("a",)}, r"data\.labels=\('a',\) must be at least two different names"),
+        ({"labels": ("a", "a")}, r"data\.labels=\('a', 'a'\) must be at least two different names"),
+        ({"source": "jsonl"}, r"data\.source='jsonl' has no labels.*only data\.source='examples'"),
+        ({"source": "tokens"}, r"data\.source='tokens' has no labels"),
+        ({"source": "mixture", "path": "", "mixture": ("a=1:examples:x",)}, r"data\.source='mixture' has no labels"),
+        ({"packing": "concatenate"}, r"data\.packing='concatenate' cuts texts .* set data\.packing='best_fit'"),
+        ({"label_at": "middle"}, r"data\.label_at='middle' is not one of 'first', 'last'"),
+        ({"labels": (), "special_tokens": True}, r"data\.special_tokens=True is for texts with labels"),
+    ],
+)
+def test_what_does_not_go_with_labels_is_refused(fields, message):
+    given = {"source": "examples", "path": "x", "labels": ("a", "b"), "packing": "best_fit"}
+    DataConfig(**given).validate()
+    with pytest.raises(UserError, match=message):
+        DataConfig(**(given | fields)).validate()
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst"])
