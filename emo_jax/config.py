@@ -13,6 +13,8 @@ from emo_jax.model.config import BalanceConfig, ModelConfig, PoolConfig
 from emo_jax.parallel.config import MeshConfig
 
 SCHEDULES = ("cosine", "linear", "constant")
+LORA_TARGETS = {"attention": ("query", "key", "value", "out"), "ffn": ("gate", "up", "down")}
+"""Parameters that LoRA may factor, by the module of a layer; of feed-forwards dense and split ones, not mixtures."""
 
 
 @dataclasses.dataclass
@@ -43,6 +45,14 @@ class OptimizerConfig:
     trainable_experts: tuple[str, ...] = ()
     """Routed experts of each mixture layer, as in `'0 5 7'`: only they, with their router columns, are trained, and
     everything else stays as it is. Empty: everything is trained."""
+    lora_rank: int = 0
+    """Rank r of the changes that LoRA (arXiv 2106.09685) trains of `lora_targets`, with a classifier's head and the
+    learned gates of split layers, while everything else stays as it is. 0: no LoRA."""
+    lora_alpha: float = 16.0
+    """α: a change is α / r times the product of its two factors."""
+    lora_targets: tuple[str, ...] = ("query", "value")
+    """Parameters whose change is factored, in every layer that has them: `query`, `key`, `value`, `out` of attention;
+    `gate`, `up`, `down` of dense or split feed-forwards."""
 
     def validate(self, steps: int) -> None:
         """Raises `UserError` naming the first field that cannot work in a run of `steps`."""
@@ -67,6 +77,29 @@ class OptimizerConfig:
             f"optimizer.anneal_steps={self.anneal_steps} must lie in 0..{steps - self.warmup_steps} "
             "(train.steps less the warm-up).",
         )
+        require(self.lora_rank >= 0, f"optimizer.lora_rank={self.lora_rank} is negative; 0 trains without LoRA.")
+        require(
+            0 < self.lora_alpha < float("inf"),
+            f"optimizer.lora_alpha={self.lora_alpha} must be positive and finite.",
+        )
+        for name in self.lora_targets:
+            require(
+                "," not in name,
+                f"optimizer.lora_targets has {name!r}; several are written as "
+                "--config.optimizer.lora_targets=\"('query','value')\".",
+            )
+            require_choice("optimizer.lora_targets", name, [name for names in LORA_TARGETS.values() for name in names])
+        if self.lora_rank:
+            require(
+                bool(self.lora_targets),
+                f"optimizer.lora_targets is empty with optimizer.lora_rank={self.lora_rank}; name what is to be "
+                "trained, or set lora_rank=0.",
+            )
+            require(
+                not self.trainable_experts,
+                f"optimizer.lora_rank={self.lora_rank} and optimizer.trainable_experts={self.trainable_experts!r} are "
+                "two answers to what is trained; drop one.",
+            )
 
 
 @dataclasses.dataclass
@@ -168,6 +201,7 @@ class Config:
         self.train.validate()
         self.optimizer.validate(self.train.steps)
         self.mesh.validate()
+        self._validate_lora()
         trained = expert_lists("optimizer.trainable_experts", self.optimizer.trainable_experts)
         layers = len(self.model.routed_experts)
         require(
@@ -191,6 +225,7 @@ class Config:
             f"pool.start_step={self.pool.start_step} must lie before train.steps={self.train.steps}, or no step has "
             "a pool; lengthen the run, start them earlier, or set pool.kind=none.",
         )
+        self._validate_texts()
         rows, parts = self.data.batch_size, self.train.microbatches
         require(
             rows % parts == 0,
@@ -201,6 +236,55 @@ class Config:
                 (rows // parts) % self.balance.local_rows == 0,
                 f"balance.local_rows={self.balance.local_rows} must divide the {rows // parts} rows of a microbatch.",
             )
+
+    def _validate_lora(self) -> None:
+        """Refuses LoRA targets that this model lacks, or whose matrix is smaller than the rank."""
+        rank = self.optimizer.lora_rank
+        if not rank:
+            return
+        shapes = _factorable(self.model)
+        for target in self.optimizer.lora_targets:
+            found = {path: shape for path, shape in shapes.items() if path.endswith(f"/{target}")}
+            there = sorted({path.rpartition("/")[2] for path in shapes})
+            require(
+                bool(found),
+                f"optimizer.lora_targets has {target!r}, which no layer of this model has outside of its mixtures; it "
+                f"has {', '.join(there)}.",
+            )
+            for path, (rows, columns) in found.items():
+                require(
+                    rank <= min(rows, columns),
+                    f"optimizer.lora_rank={rank} is more than the smaller side of {path}, a matrix of {rows} by "
+                    f"{columns}; set it to at most {min(rows, columns)}, or train everything (lora_rank=0).",
+                )
+        require(
+            not self.train.new_experts,
+            f"train.new_experts={self.train.new_experts} with optimizer.lora_rank={rank}: LoRA does not train fresh "
+            "experts, and untrained they add nothing; drop one.",
+        )
+
+    def _validate_texts(self) -> None:
+        """That the model can read, and be trained on, what the data are."""
+        model, data = self.model, self.data
+        require(
+            model.positions == "rotary" or data.sequence_length <= model.max_positions,
+            f"data.sequence_length={data.sequence_length} is more than the {model.max_positions} positions that the "
+            f"model has learnt (model.max_positions); set --config.data.sequence_length={model.max_positions} or less.",
+        )
+        require(
+            data.labels == model.labels,
+            f"data.labels={data.labels!r} and model.labels={model.labels!r} must be the same.",
+        )
+        require(
+            model.causal or bool(model.labels),
+            "An encoder (model.causal=False) sees what it would have to predict: it is trained on texts with labels "
+            "(model.labels), see emo_jax.finetune.",
+        )
+        require(
+            not (self.optimizer.trainable_experts and model.split_layers),
+            "optimizer.trainable_experts names experts of mixtures; those of a split model (model.split_layers) are "
+            "trained together.",
+        )
 
     def tokenizer(self) -> str:
         """Path of the tokenizer that the run's tokens are made with; empty: one is trained."""
@@ -244,6 +328,21 @@ def expert_lists(name: str, lists: Sequence[str]) -> list[tuple[int, ...]]:
             f"{name} has {text!r}; an entry holds the numbers of a layer's routed experts, as in '0 5 7'.",
         )
     return [tuple(sorted({int(part) for part in text.split()})) for text in lists]
+
+
+def _factorable(model: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Every parameter that LoRA may factor, by its path, as a matrix: the axes that a product sums over by the rest."""
+    d, sizes = model.d_model, {"query": model.num_heads, "key": model.kv_heads, "value": model.kv_heads}
+    shapes: dict[str, tuple[int, int]] = {}
+    for layer, experts in enumerate(model.layer_experts):
+        own = {f"attention/{name}": (d, heads * model.head_dim) for name, heads in sizes.items()}
+        own["attention/out"] = (model.num_heads * model.head_dim, d)
+        if not experts:
+            hidden, gated = model.feed_forward_width(layer), model.feed_forward == "swiglu"
+            own |= {f"ffn/{name}": (d, hidden) for name in (("gate", "up") if gated else ("up",))}
+            own["ffn/down"] = (hidden, d)
+        shapes |= {f"layers/{layer:02d}/{name}": shape for name, shape in own.items()}
+    return shapes
 
 
 def _from_dict(cls: Any, values: dict[str, Any], prefix: str) -> Any:

@@ -123,6 +123,11 @@ class ModelConfig:
         return tuple(e - self.num_shared_experts for e in self.layer_experts if e)
 
     @property
+    def routing_layers(self) -> list[int]:
+        """Places of the mixture or split layers."""
+        return list(self.split_layers) or [i for i, experts in enumerate(self.layer_experts) if experts]
+
+    @property
     def shared_experts(self) -> int:
         """Shared experts of a layer with routed ones; a split layer has none."""
         return 0 if self.split_layers else self.num_shared_experts

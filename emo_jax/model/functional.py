@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from emo_jax.model.config import ModelConfig
@@ -74,6 +75,17 @@ def init_parameters(config: ModelConfig, seed: int, shardings: Parameters | None
     return jax.tree.unflatten(tree, values)
 
 
+def initial_value(name: str, leaf: jax.ShapeDtypeStruct, init_std: float, rng: np.random.Generator) -> np.ndarray:
+    """One fresh parameter of such a name, shape and dtype, to go with others that are there already."""
+    kind = initial_kind(name, len(leaf.shape))
+    if kind == "normal":
+        return (init_std * np.clip(rng.standard_normal(leaf.shape), -3, 3)).astype(leaf.dtype)
+    return np.full(leaf.shape, _CONSTANTS[kind], leaf.dtype)
+
+
+_CONSTANTS = {"ones": 1.0, "zeros": 0.0, "scale": COSINE_SCALE[0]}
+
+
 def initial_kind(name: str, dimensions: int) -> str:
     """How a parameter of this name begins: `normal`, `ones`, `zeros`, `range`, or `scale` of a cosine gate."""
     if name.endswith("_bias"):
@@ -91,6 +103,6 @@ def _initializer(shape: tuple[int, ...], dtype: Any, kind: str, std: float, shar
             return jax.random.truncated_normal(key, -3, 3, shape, dtype) * jnp.asarray(std, dtype)
         if kind == "range":
             return jnp.arange(shape[0], dtype=dtype)
-        return jnp.full(shape, {"ones": 1, "zeros": 0, "scale": COSINE_SCALE[0]}[kind], dtype)
+        return jnp.full(shape, _CONSTANTS[kind], dtype)
 
     return jax.jit(init, out_shardings=sharding)

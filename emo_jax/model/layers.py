@@ -96,9 +96,13 @@ class FeedForward(nnx.Module):
 
     def hidden(self, x_BSD: jax.Array, mesh: Mesh | None = None) -> jax.Array:
         """What the neurons give, [B, S, F], in x's dtype."""
-        act = ACTIVATIONS[self.activation]
-        up_BSF = self._product(x_BSD, "up", mesh)
-        return act(self._product(x_BSD, "gate", mesh)) * up_BSF if hasattr(self, "gate") else act(up_BSF)
+        gated = hasattr(self, "gate")
+        activated_BSF = self.activated(x_BSD, mesh)
+        return activated_BSF * self._product(x_BSD, "up", mesh) if gated else activated_BSF
+
+    def activated(self, x_BSD: jax.Array, mesh: Mesh | None = None) -> jax.Array:
+        """What the activation function makes of the neurons' keys, [B, S, F]: of a gated layer those of its gate."""
+        return ACTIVATIONS[self.activation](self._product(x_BSD, "gate" if hasattr(self, "gate") else "up", mesh))
 
     def __call__(self, x_BSD: jax.Array, mesh: Mesh | None = None) -> jax.Array:
         """[B, S, D] to [B, S, D], in x's dtype."""

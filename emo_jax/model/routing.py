@@ -381,3 +381,12 @@ def balance_loss(
     f_R = jax.lax.stop_gradient(counts_R) / jnp.maximum(counted_tokens, 1)[..., None]
     mean_w_R = weights_R / jnp.maximum(tokens, 1)[..., None]
     return counts_R.shape[-1] / choices * (f_R * mean_w_R).sum(-1)
+
+
+def importance_loss(weights_R: jax.Array) -> jax.Array:
+    """CV(Σ_tokens w)², the squared coefficient of variation over experts (arXiv 1701.06538, equation 7): 0 when even.
+
+    Args:
+      weights_R: sum of w over the scope's tokens; leading axes, if any, are separate scopes.
+    """
+    return weights_R.var(-1) / jnp.maximum(jnp.square(weights_R.mean(-1)), 1e-20)

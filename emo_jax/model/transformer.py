@@ -122,7 +122,7 @@ class Transformer(nnx.Module):
             self.classifier = weight(config, (d, len(config.labels)), ("embed", "head"))
             if config.biases and not config.causal:
                 self.classifier_bias = vector(config, len(config.labels))
-        elif not config.tied_embeddings:
+        elif config.causal and not config.tied_embeddings:  # an encoder predicts no token
             self.head = weight(config, (d, config.vocab_size), ("embed", "vocab"))
 
     def __call__(

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from emo_jax.config import Config
-from emo_jax.model import LanguageLoss, RoutingTotals, balance_loss
+from emo_jax.model import LanguageLoss, RoutingTotals, balance_loss, importance_loss
 
 
 class Sums(NamedTuple):
@@ -96,7 +96,10 @@ def _balance(config: Config, totals: RoutingTotals, buffer: Counted | None, laye
     counted = counts if buffer is None else buffer.counts_R[None]
     if always:
         counted, weights = counted[:, balanced], weights[:, balanced]
-    losses = balance_loss(counted, weights, tokens, choices, None if buffer is None else buffer.tokens[None])
+    if config.balance.kind == "importance":
+        losses = importance_loss(weights)
+    else:
+        losses = balance_loss(counted, weights, tokens, choices, None if buffer is None else buffer.tokens[None])
     return (losses * tokens).sum()
 
 

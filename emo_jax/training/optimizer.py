@@ -7,6 +7,7 @@ import jax
 import optax
 
 from emo_jax.config import OptimizerConfig
+from emo_jax.training.lora import low_rank
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -32,9 +33,17 @@ def decayed(params: Any) -> Any:
     return jax.tree.map_with_path(lambda path, _: path[0].key != "embedding", params)
 
 
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Clipping to a global norm, then AdamW with decoupled decay, of what `trained` returns."""
-    return optax.chain(
+def make_optimizer(config: OptimizerConfig, steps: int, seed: int = 0) -> optax.GradientTransformation:
+    """Clipping to a global norm, then AdamW with decoupled decay, of what `trained` returns.
+
+    With LoRA, of the factors of its targets instead of these themselves, and of what else is trained; see `low_rank`.
+
+    Args:
+      config: of the optimizer.
+      steps: of the run.
+      seed: of LoRA's first factors.
+    """
+    adamw = optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(
             learning_rate(config, steps),
@@ -45,3 +54,4 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
             mask=decayed,
         ),
     )
+    return low_rank(config, adamw, seed) if config.lora_rank else adamw

@@ -4,6 +4,7 @@ Letters: B rows, S sequence, L mixture layers, G documents a row.
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,7 +15,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from emo_jax.config import Config
 from emo_jax.kernels.experts import default_implementation
-from emo_jax.model import PoolDraws, abstract_parameters, bind, draw_pools, init_parameters, language_loss, logical_axes
+from emo_jax.model import (
+    PoolDraws,
+    abstract_parameters,
+    bind,
+    draw_noise,
+    draw_pools,
+    init_parameters,
+    language_loss,
+    logical_axes,
+)
 from emo_jax.parallel import TOKENS, batch_sharding, make_mesh, param_sharding, rank_load, replicated
 from emo_jax.training.frozen import trained, trained_shardings, with_trained
 from emo_jax.training.guard import choose, init_guard, judge
@@ -49,20 +59,24 @@ def run_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def state_shardings(config: Config, mesh: Mesh) -> TrainState:
-    """Where each array of a `TrainState` lives: parameters by the rules table, moments with them."""
+    """Where each array of a `TrainState` lives: parameters by the rules table, moments with them.
+
+    LoRA's factors and their moments, which are thin, are on every device.
+    """
     abstract = abstract_parameters(config.model)
     params = jax.tree.map(
         lambda leaf, axes: param_sharding(mesh, axes, leaf.shape), abstract, logical_axes(config.model)
     )
     part = jax.eval_shape(functools.partial(trained, config.optimizer), abstract)
-    optimizer = make_optimizer(config.optimizer, config.train.steps)
-    opt_state = optax.tree_map_params(
-        optimizer,
-        lambda _, sharding: sharding,
-        jax.eval_shape(optimizer.init, part),
-        trained_shardings(config.optimizer, params),
-        transform_non_params=lambda _: replicated(mesh),
-    )
+    optimizer = make_optimizer(config.optimizer, config.train.steps, config.train.seed)
+    places = dict(jax.tree.leaves_with_path(trained_shardings(config.optimizer, params)))
+
+    def place(path: tuple, _: Any) -> NamedSharding:
+        """The path of a moment ends in that of its parameter, which only dictionaries lead to."""
+        own = itertools.dropwhile(lambda key: not isinstance(key, jax.tree_util.DictKey), path)
+        return places.get(tuple(own), replicated(mesh))
+
+    opt_state = jax.tree.map_with_path(place, jax.eval_shape(optimizer.init, part))
     guard = jax.tree.map(lambda _: replicated(mesh), jax.eval_shape(lambda: init_guard(config.train)))
     return TrainState(replicated(mesh), params, opt_state, guard)
 
@@ -72,7 +86,7 @@ def init_state(config: Config, mesh: Mesh, params: Any = None) -> TrainState:
     shardings = state_shardings(config, mesh)
     if params is None:
         params = init_parameters(config.model, config.train.seed, shardings.params)
-    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    optimizer = make_optimizer(config.optimizer, config.train.steps, config.train.seed)
     init = jax.jit(lambda params: optimizer.init(trained(config.optimizer, params)), out_shardings=shardings.opt_state)
     opt_state = init(params)
     step, guard = jax.device_put((jnp.int32(0), init_guard(config.train)), (shardings.step, shardings.guard))
@@ -81,7 +95,7 @@ def init_state(config: Config, mesh: Mesh, params: Any = None) -> TrainState:
 
 def abstract_state(config: Config, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of a `TrainState`, without making any of it."""
-    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    optimizer = make_optimizer(config.optimizer, config.train.steps, config.train.seed)
     params = abstract_parameters(config.model)
     step, guard = jax.eval_shape(lambda: (jnp.int32(0), init_guard(config.train)))
     opt_state = jax.eval_shape(lambda params: optimizer.init(trained(config.optimizer, params)), params)
@@ -129,6 +143,7 @@ def make_gradients(
             mesh=mesh,
             exchange=config.mesh,
             implementation=implementation,
+            token_types_BS=batch.get("token_types"),
         )
         weight = config.train.logits_z_weight
         with jax.named_scope("loss"):
@@ -198,6 +213,9 @@ def make_gradients(
                 documents=config.data.max_documents,
                 experts=max(config.model.routed_experts),
             )
+        if config.balance.gate_noise and config.model.split_layers:
+            noise = config.balance.gate_noise / config.model.split_experts
+            draws = draw_noise(draws, config.train.seed, step, noise, rows=config.data.batch_size, layers=layers)
         part, rows = trained(config.optimizer, params), (batch, draws)
         tokens = Tokens(batch["loss_mask"].sum(), (batch["document_ids"] > 0).sum())
         if microbatches == 1 or config.balance.scope == "global":
@@ -213,7 +231,7 @@ def make_gradients(
         if routing:
             layer_parts = {name: parts[name] for name in ("balance", "router_z")}
             metrics["routing"] = layer_parts | routing_metrics(jax.lax.stop_gradient(routing))
-            if mesh.shape["expert"] > 1:
+            if mesh.shape["expert"] > 1 and not config.model.split_layers:  # whose experts no token travels to
                 positions = config.data.batch_size * config.data.sequence_length // (microbatches * mesh.size)
                 choices = positions // config.mesh.chunks * config.model.num_choices
                 by_layer = [rank_load(load_NC, mesh, choices, config.mesh.buffer) for load_NC in loads]
@@ -238,10 +256,11 @@ def make_train_step(
 
     Returns:
       (state, batch) → (state, metrics). Metrics are device arrays: scalars, and under `routing` one value
-      a mixture layer; see `routing_metrics`.
+      a mixture layer; see `routing_metrics`. `grad_norm` is of the gradients of what is `trained`, before clipping;
+      with LoRA of its targets themselves, not of their factors, which are clipped.
     """
     gradients = make_gradients(config, mesh, implementation)
-    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    optimizer = make_optimizer(config.optimizer, config.train.steps, config.train.seed)
     schedule = learning_rate(config.optimizer, config.train.steps)
     shardings = state_shardings(config, mesh)
 

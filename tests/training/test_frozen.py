@@ -1,12 +1,16 @@
 """Training some experts alone: their gradients are those of the whole model, and nothing else moves."""
 
+import dataclasses
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from emo_jax.model import abstract_parameters
 from emo_jax.parallel import put_rows
-from emo_jax.training.frozen import trained, with_trained
-from emo_jax.training.step import init_state, make_train_step
+from emo_jax.training.frozen import overlay, select, trained, with_trained
+from emo_jax.training.step import abstract_state, init_state, make_train_step, state_shardings
 from tests.training import tiny
 
 EXPERTS = ("0 3 5", "1 4")
@@ -80,3 +84,72 @@ def test_taking_a_part_out_and_putting_it_back_is_the_identity():
     for ours, wanted in zip(jax.tree.leaves(again), jax.tree.leaves(params), strict=True):
         np.testing.assert_array_equal(ours, wanted)
     assert trained(run().optimizer, params) is params
+
+
+SPLIT = {"num_layers": 2, "experts_per_layer": (0, 0), "split_layers": (1,), "split_experts": 5, "split_top_k": 2}
+
+
+def test_whole_numbers_have_no_gradient_and_stay_as_they_are():
+    config = run(model=SPLIT | {"d_dense": 20}, pool={"kind": "none"}, mesh={"data": 1, "fsdp": 4})
+    assert all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in jax.tree.leaves(part_of(config)))
+    mesh = tiny.devices_mesh(config, 4)
+    state, step = init_state(config, mesh), make_train_step(config, mesh)
+    order = jax.device_put(np.random.default_rng(0).permutation(20).astype(np.int32), state_order(state).sharding)
+    state = state._replace(params=overlay(state.params, {"layers": {"01": {"ffn": {"order": order}}}}))
+    before, wanted = by_name(state.params), np.array(order)
+    for seed in range(2):
+        state, _ = step(state, put_rows(tiny.batch(seed), mesh))
+    assert step._cache_size() == 1
+    np.testing.assert_array_equal(state_order(state), wanted)
+    for name, leaf in by_name(state.params).items():
+        assert (leaf != before[name]).any() == (not name.endswith("order")), name
+    assert not any("order" in name for name in by_name(state.opt_state))
+
+
+def part_of(config):
+    return jax.eval_shape(lambda params: trained(config.optimizer, params), abstract_parameters(config.model))
+
+
+def state_order(state):
+    return state.params["layers"]["01"]["ffn"]["order"]
+
+
+@pytest.mark.parametrize(
+    "fields, model",
+    [
+        ({}, {}),
+        ({"trainable_experts": EXPERTS}, {}),
+        ({"lora_rank": 2}, {"labels": ("no", "yes"), "causal": False}),
+        ({}, {"split_copies": True, "split_gate": "cosine"}),
+    ],
+    ids=str,
+)
+def test_moments_live_where_their_parameters_do(fields, model):
+    sections = {"pool": {"kind": "none"}, "model": SPLIT | {"d_dense": 20}} if model else {}
+    config = run(optimizer=fields, mesh={"data": 1, "fsdp": 2, "expert": 2}, **sections)
+    config.model = dataclasses.replace(config.model, **model)
+    mesh = tiny.devices_mesh(config, 4)
+    shardings, state = state_shardings(config, mesh), abstract_state(config, mesh)
+    assert jax.tree.structure(shardings) == jax.tree.structure(state)
+    places, part = by_path(shardings.params), by_path(part_of(config))
+    found = by_path(shardings.opt_state)
+    moments = {name: place for name, place in found.items() if name.partition("u/")[2] in part}
+    whole = [name for name in part if not (fields.get("lora_rank") and "attention" in name)]
+    assert {name.partition("u/")[2] for name in moments} == set(whole) and len(moments) == 2 * len(whole)
+    for name, place in moments.items():
+        assert place == places[name.partition("u/")[2]], name
+    assert all(place.is_fully_replicated for name, place in found.items() if name not in moments)
+    assert any(not place.is_fully_replicated for place in moments.values())
+
+
+def by_path(tree):
+    return {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in jax.tree.leaves_with_path(tree)}
+
+
+def test_selecting_drops_what_is_empty_and_overlaying_puts_it_back():
+    tree = {"a": 1, "b": {"c": 2, "d": {"e": 3}}, "f": {"g": 4}}
+    some = select(tree, lambda path: path[-1] in ("a", "e"))
+    assert some == {"a": 1, "b": {"d": {"e": 3}}}
+    assert select(tree, lambda path: True) is tree
+    assert overlay(tree, {"b": {"d": {"e": 5}}}) == {"a": 1, "b": {"c": 2, "d": {"e": 5}}, "f": {"g": 4}}
+    assert tree["b"]["d"]["e"] == 3
