@@ -20,6 +20,8 @@ DOCS = [
 ]
 # What runs notebooks without anyone looking on.
 EXECUTE = ["ipykernel>=6.29", "nbclient>=0.10", "nbformat>=5.10"]
+# Clusters of one size: experts made of a dense model's neurons. 0.9 is the first with wheels for Python 3.14.
+EMOE = "k-means-constrained>=0.9"
 
 setup(
     name="emo_jax",
@@ -65,6 +67,7 @@ setup(
         "tokamax": ["tokamax>=0.0.17"],
         "evaluation": ["lm_eval>=0.4.13", "tqdm>=4.66"],
         "wandb": ["wandb>=0.20"],
+        "emoe": [EMOE],
         "prepare": ["apache-beam>=2.70,<3"],
         "gcs": ["gcsfs>=2025.5"],
         "docs": DOCS,
@@ -76,6 +79,7 @@ setup(
             "ruff>=0.12",
             "mypy>=1.16",
             "playwright>=1.50",
+            EMOE,  # tests split layers
             "apache-beam>=2.70,<3",  # tests run real pipelines
             "gcsfs>=2025.5",
             "gcp-storage-emulator>=2024.8",

@@ -22,13 +22,14 @@ import gzip
 import itertools
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from emo_jax.config import BalanceConfig, Config, DataConfig, ModelConfig, OptimizerConfig, PoolConfig, TrainConfig
+from emo_jax.data import TokenStore
 
 KEEPS = (32, 16, 8, 4)  # of 32 experts, the shared one included
 QUARTER = 8
@@ -132,9 +133,35 @@ def test_documents(corpus: Path) -> tuple[list[dict[str, str]], int]:
     return kept, dropped
 
 
+def test_batches(
+    corpus: Path, store: TokenStore, names: Sequence[str], data: DataConfig, documents: int
+) -> tuple[dict[str, Any], dict[str, int], int]:
+    """Batches of the first so many test documents of each named domain, their bytes, and how many are near-duplicates.
+
+    They are tokenized as the store's are, each cut to `data.max_document_bytes`.
+    """
+    from emo_jax.data import Split, domain_batches, encode
+
+    made, dropped = test_documents(corpus)
+    tokens: list[int] = []
+    offsets, domains, counts, sizes = [0], [], dict.fromkeys(names, 0), dict.fromkeys(names, 0)
+    tokenizer = store.tokenizer()
+    for document in sorted((d for d in made if d["domain"] in names), key=lambda d: names.index(d["domain"])):
+        if counts[document["domain"]] >= documents:
+            continue
+        text = document["text"].encode()[: data.max_document_bytes].decode(errors="ignore")
+        counts[document["domain"]] += 1
+        sizes[document["domain"]] += len(text.encode())
+        tokens += [*encode(tokenizer, [text])[0], store.end_of_text_id]
+        offsets.append(len(tokens))
+        domains.append(names.index(document["domain"]))
+    split = Split(np.array(tokens), np.array(offsets), np.array(domains, np.int32))
+    return domain_batches(split, names, data, 16), sizes, dropped
+
+
 def measure(config: Config, run_dir: Path, corpus: Path, documents: int) -> dict[str, Any]:
     """Retention, cross-domain matrix and random subsets of a trained run, as JSON."""
-    from emo_jax.data import Split, domain_batches, encode, open_store
+    from emo_jax.data import domain_batches, open_store
     from emo_jax.modularity import measure_retention, specificity
     from emo_jax.modularity.retention import SubsetLosses
     from emo_jax.training.weights import load_parameters
@@ -142,23 +169,7 @@ def measure(config: Config, run_dir: Path, corpus: Path, documents: int) -> dict
     _, params, _ = load_parameters(run_dir)
     store = open_store(config.data.cache_dir)
     calibration = domain_batches(store.heldout, store.domains, config.data, 16, CALIBRATION_DOCUMENTS)
-
-    made, dropped = test_documents(corpus)
-    tokens: list[int] = []
-    offsets, domains, counts, sizes = [0], [], dict.fromkeys(store.domains, 0), dict.fromkeys(store.domains, 0)
-    tokenizer = store.tokenizer()
-    for document in sorted(made, key=lambda document: store.domains.index(document["domain"])):
-        if counts[document["domain"]] >= documents:
-            continue
-        text = document["text"].encode()[: config.data.max_document_bytes].decode(errors="ignore")
-        counts[document["domain"]] += 1
-        sizes[document["domain"]] += len(text.encode())
-        tokens += [*encode(tokenizer, [text])[0], store.end_of_text_id]
-        offsets.append(len(tokens))
-        domains.append(store.domains.index(document["domain"]))
-    split = Split(np.array(tokens), np.array(offsets), np.array(domains, np.int32))
-    test = domain_batches(split, store.domains, config.data, 16)
-
+    test, sizes, dropped = test_batches(corpus, store, store.domains, config.data, documents)
     if not config.model.routed_experts:
         full = SubsetLosses(config.model, params, test).full()
         return {"full": {name: loss._asdict() for name, loss in full.items()}, "dropped": dropped, "bytes": sizes}

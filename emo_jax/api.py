@@ -16,14 +16,14 @@ import numpy as np
 from jax.typing import ArrayLike
 from tokenizers import Tokenizer
 
-from emo_jax.data import Example, encode, example_batches, load_tokenizer
+from emo_jax.data import Example, encode, example_batches, labelled_batches, load_tokenizer
 from emo_jax.errors import UserError, require, require_choice
 from emo_jax.inference import Completion, Generator, Sampling, Speed, complete, pool_size
 from emo_jax.interop import write_folder
 from emo_jax.interop.huggingface import CONFIG_FILE, read_json
 from emo_jax.model import Kept, ModelConfig, bind
 from emo_jax.model.functional import Parameters
-from emo_jax.modularity import Subset, cut, fingerprint, kept_masks, select
+from emo_jax.modularity import Subset, cut, emergent, fingerprint, kept_masks, select
 
 
 class Model:
@@ -122,8 +122,50 @@ class Model:
         Raises:
           UserError: where an argument cannot work, or texts meet a model without a tokenizer.
         """
+        require(
+            self.config.causal and not self.config.labels,
+            "The model continues no text: it is an encoder or a classifier (model.causal, model.labels).",
+        )
         sampling = Sampling(temperature, top_k, top_p, seed)
         return self._complete(prompts, max_new_tokens, sampling, stop, pool, on_text)[0]
+
+    def classify(
+        self, texts: Sequence[str | tuple[str, str]], *, sequence_length: int = 512, batch_size: int = 8
+    ) -> np.ndarray:
+        """What a classifier makes of texts: probabilities of `config.labels`, float32 [texts, labels].
+
+        Args:
+          texts: or pairs of texts.
+          sequence_length: longer texts are cut to so many tokens.
+          batch_size: texts that are read at a time.
+
+        Raises:
+          UserError: where the model is no classifier or has no tokenizer, or a text has no token.
+        """
+        config = self.config
+        require(bool(config.labels), "The model is no classifier (model.labels is empty); emo_jax.finetune makes one.")
+        if self.tokenizer is None:
+            raise UserError("The model has no tokenizer.json to read the texts with; put its own in its folder.")
+        pairs = [(text, "") if isinstance(text, str) else text for text in texts]
+        batches = labelled_batches(
+            [Example(first, second, "text") for first, second in pairs],
+            load_tokenizer(self.tokenizer, self.end_of_text, config.vocab_size),
+            label_at="last" if config.causal else "first",
+            special_tokens=not config.causal,
+            sequence_length=min(sequence_length, config.max_positions or sequence_length),
+            batch_size=batch_size,
+            max_documents=1,
+        )
+        found = np.full((len(pairs), len(config.labels)), np.nan, np.float32)
+        for batch in batches:
+            logits_BSV = self._forward(
+                self.params, batch["tokens"], batch["document_ids"], self._kept, batch.get("token_types")
+            )
+            read_BS = batch["loss_mask"]
+            found[batch["examples"][read_BS]] = jax.nn.softmax(logits_BSV)[read_BS]
+        empty = np.flatnonzero(np.isnan(found[:, 0]))
+        require(not len(empty), f"Text {empty[:1]} of those to classify has no token.")
+        return found
 
     def _complete(
         self,
@@ -145,6 +187,7 @@ class Model:
                     raise UserError("The model has no tokenizer.json, so prompts must be token ids, as in [[17, 4]].")
                 prompt = encode(tokenizer, [prompt])[0]
             tokens.append(prompt)
+        self._check_length(max(map(len, tokens), default=0) + max_new_tokens)
         return complete(
             self._generator,
             self.params,
@@ -203,6 +246,48 @@ class Model:
         config, params = cut(self.config, self.params, _read(subset))
         return Model(config, params, self.tokenizer, self.end_of_text_id, self.origin)
 
+    def split(
+        self,
+        *,
+        experts: int,
+        top_k: int,
+        layers: Sequence[int],
+        method: str = "kmeans",
+        gate: str = "average_key",
+        seed: int = 0,
+    ) -> "Model":
+        """This dense model with some layers split into emergent experts (EMoE, arXiv 2310.10908).
+
+        `python -m emo_jax.emoe split` does it for folders, one parameter at a time.
+
+        Args:
+          experts: N, equal parts of a layer's hidden neurons.
+          top_k: experts that a token uses; N: all, which changes nothing.
+          layers: places of the layers.
+          method: how neurons are grouped: `kmeans`, `contiguous` or `random`.
+          gate: `average_key`, or a learned `cosine`.
+          seed: of the grouping, and of a learned gate.
+
+        Raises:
+          UserError: where the model is not dense, or an argument cannot work.
+        """
+        require_choice("method", method, ("kmeans", "contiguous", "random"))
+        config = emergent.split_config(self.config, layers=layers, experts=experts, top_k=top_k, gate=gate)
+
+        def read(path: tuple[str, ...]) -> np.ndarray:
+            return np.asarray(functools.reduce(lambda node, key: node[key], path, self.params))
+
+        params = emergent.split(config, self.params, emergent.neuron_orders(config, read, method, seed=seed), seed)
+        return Model(config, params, self.tokenizer, self.end_of_text_id, self.origin)
+
+    def merge(self) -> "Model":
+        """The dense model that this split one is made of; `python -m emo_jax.emoe merge` for folders.
+
+        Raises:
+          UserError: where it is not split, or its experts are copies.
+        """
+        return Model(*emergent.merge(self.config, self.params), self.tokenizer, self.end_of_text_id, self.origin)
+
     def save(self, folder: str | Path) -> None:
         """Writes a folder that `load` reads and a run can start from (`train.init_from`).
 
@@ -248,8 +333,17 @@ class Model:
             end_of_text_id=self.end_of_text_id,
         )
 
+    def _check_length(self, length: int) -> None:
+        most = self.config.max_positions
+        require(
+            length <= most or not most,
+            f"A document of {length} tokens is longer than the {most} positions that the model has learnt.",
+        )
+
     def __call__(self, tokens: ArrayLike, document_ids: ArrayLike | None = None) -> jax.Array:
         """Next-token logits [B, S, V], float32 (or wider), without a document pool; compiled once a shape.
+
+        Of a classifier those of its labels, see `Transformer.readout`.
 
         Args:
           tokens: integers [B, S].
@@ -274,6 +368,7 @@ class Model:
                 f"document_ids has shape {list(ids_BS.shape)}, tokens {list(tokens_BS.shape)}; they must be equal.",
             )
             _check_documents(ids_BS)
+        self._check_length(tokens_BS.shape[1] if document_ids is None else _longest(ids_BS))
         return self._forward(self.params, tokens_BS, ids_BS, self._kept)
 
 
@@ -330,10 +425,15 @@ def _read(subset: Subset | str | Path) -> Subset:
 
 
 def _logits(
-    config: ModelConfig, params: Parameters, tokens_BS: jax.Array, ids_BS: jax.Array, kept: list[Kept] | None
+    config: ModelConfig,
+    params: Parameters,
+    tokens_BS: jax.Array,
+    ids_BS: jax.Array,
+    kept: list[Kept] | None,
+    token_types_BS: jax.Array | None = None,
 ) -> jax.Array:
     model = bind(config, params)
-    hidden_BSD, _ = model(tokens_BS, ids_BS, _positions(ids_BS), kept=kept)
+    hidden_BSD, _ = model(tokens_BS, ids_BS, _positions(ids_BS), kept=kept, token_types_BS=token_types_BS)
     return model.logits(hidden_BSD)
 
 
@@ -352,6 +452,11 @@ def _integers(name: str, values: ArrayLike) -> np.ndarray:
         f"{name} must be integers of shape [rows, sequence]; found {array.dtype} of shape {list(array.shape)}.",
     )
     return array.astype(np.int32)
+
+
+def _longest(ids_BS: np.ndarray) -> int:
+    """Tokens of the longest document."""
+    return max((int(np.bincount(ids_S)[1:].max(initial=0)) for ids_S in ids_BS), default=0)
 
 
 def _check_documents(ids_BS: np.ndarray) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import difflib
 import os
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,8 +36,10 @@ def define_recipe(recipe: Config) -> flags.FlagHolder:
     return config_flags.DEFINE_config_dataclass("config", recipe)
 
 
-def run(main: Callable[[], int | None]) -> None:
+def run(main: Callable[..., int | None], commands: Sequence[str] = ()) -> None:
     """Parses flags, runs `main` and exits with its status; a `UserError` is printed without a traceback, status 2.
+
+    With `commands`, one of them stands before the flags, and `main` is called with it.
 
     On Linux the process first replaces itself by one with `HUGE_PAGES` in its environment, where the C library
     reads it; set the variable yourself, even to nothing, to prevent that.
@@ -44,13 +47,19 @@ def run(main: Callable[[], int | None]) -> None:
     if sys.platform == "linux" and not any(name in os.environ for name in HUGE_PAGES):
         os.execve(sys.executable, sys.orig_argv, os.environ | HUGE_PAGES)
 
+    if commands and not any(name in sys.argv[1:] for name in (*commands, "--help", "--helpfull", "--helpshort")):
+        words = " or ".join(commands)
+        print(f"Error: say what to do first, {words}: python -m {_module()} {commands[0]} --…", file=sys.stderr)
+        sys.exit(2)
+
     def guarded(argv: list[str]) -> int | None:
-        if len(argv) > 1:
-            raise app.UsageError(f"unexpected argument {argv[1]!r}: every option starts with --")
+        given, rest = argv[1 : 1 + bool(commands)], argv[1 + bool(commands) :]
+        if rest or not set(given) <= set(commands):
+            raise app.UsageError(f"unexpected argument {(rest or given)[0]!r}: every option starts with --")
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # libraries tell every file they write
         try:
-            return main()
+            return main(*given)
         except UserError as error:
             print(f"Error: {error}", file=sys.stderr)
             return 2
@@ -59,7 +68,36 @@ def run(main: Callable[[], int | None]) -> None:
             return 130
 
     _check_flags()
+    flags.FLAGS.set_gnu_getopt()  # flags may stand before a command too
     app.run(guarded)
+
+
+def _module() -> str:
+    spec = sys.modules["__main__"].__spec__
+    return spec.name if spec else sys.argv[0]
+
+
+class Bar:
+    """Bytes done, speed and remaining time: a line that renews itself, or one in a while where no one watches."""
+
+    def __init__(self) -> None:
+        """Starts the clock."""
+        self._start = self._shown = time.monotonic()
+        self._first: int | None = None
+
+    def __call__(self, done: int, total: int) -> None:
+        """Shows how far it is."""
+        now = time.monotonic()
+        self._first = done if self._first is None else self._first  # of an interrupted conversion
+        watched = sys.stderr.isatty()
+        if not watched and now - self._shown < 30:
+            return
+        self._shown = now
+        speed = (done - self._first) / max(now - self._start, 1e-9)
+        left = f", {(total - done) / speed:,.0f} s left" if speed else ""
+        line = f"{done / 1e9:.2f} of {total / 1e9:.2f} GB, {speed / 1e9:.2f} GB/s{left}"
+        end = "\n" if done == total or not watched else ""
+        print(f"\r{line:<60}" if watched else line, end=end, file=sys.stderr, flush=True)
 
 
 def check_config(config: object) -> Config:

@@ -5,7 +5,6 @@ programs read. `--to_hf=DIR` makes a run or saved model a Hugging Face folder th
 one parameter is in memory at a time. `--to` goes on where the same command was interrupted.
 """
 
-import sys
 import time
 from pathlib import Path
 
@@ -22,29 +21,6 @@ _VOCAB_ROWS = flags.DEFINE_integer("vocab_rows", 0, "With --to: rows of the voca
 _DTYPE = flags.DEFINE_string("dtype", "", "With --to_hf: float32, bfloat16 or float16; empty: as it is stored.")
 
 
-class Bar:
-    """Bytes done, speed and remaining time: a line that renews itself, or one in a while where no one watches."""
-
-    def __init__(self) -> None:
-        """Starts the clock."""
-        self._start = self._shown = time.monotonic()
-        self._first: int | None = None
-
-    def __call__(self, done: int, total: int) -> None:
-        """Shows how far it is."""
-        now = time.monotonic()
-        self._first = done if self._first is None else self._first  # of an interrupted conversion
-        watched = sys.stderr.isatty()
-        if not watched and now - self._shown < 30:
-            return
-        self._shown = now
-        speed = (done - self._first) / max(now - self._start, 1e-9)
-        left = f", {(total - done) / speed:,.0f} s left" if speed else ""
-        line = f"{done / 1e9:.2f} of {total / 1e9:.2f} GB, {speed / 1e9:.2f} GB/s{left}"
-        end = "\n" if done == total or not watched else ""
-        print(f"\r{line:<60}" if watched else line, end=end, file=sys.stderr, flush=True)
-
-
 def main() -> None:
     """Converts, and says what came of it."""
     require(
@@ -59,9 +35,9 @@ def main() -> None:
     start, subset = time.monotonic(), Path(_SUBSET.value) if _SUBSET.value else None
     source, target = source_folder(_FROM.value), Path(_TO.value or _TO_HF.value)
     if _TO.value:
-        import_folder(source, target, vocab_rows=_VOCAB_ROWS.value, subset=subset, progress=Bar())
+        import_folder(source, target, vocab_rows=_VOCAB_ROWS.value, subset=subset, progress=cli.Bar())
     else:
-        export_folder(source, target, subset=subset, dtype=_DTYPE.value, progress=Bar())
+        export_folder(source, target, subset=subset, dtype=_DTYPE.value, progress=cli.Bar())
     size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
     amount = f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
     print(f"\n{target}: {amount} in {time.monotonic() - start:.0f} s")

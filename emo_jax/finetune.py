@@ -1,11 +1,13 @@
 """Fine-tunes a model, or a task's experts: `python -m emo_jax.finetune --model=RUN --data=task.jsonl --workdir=DIR`.
 
-The data are JSON lines with `prompt` and `answer` (the answers alone are learnt) or `text`. By default everything is
+The data are JSON lines with `prompt` and `answer` (the answers alone are learnt) or `text`; with `--classify` they have
+`text`, maybe `text_pair`, and `label`, and the model becomes a classifier. By default everything is
 trained, with the recipe of the paper: one epoch, 32 examples a step, AdamW at 5e-5, a tenth of the steps warm-up, then
 linearly to 0, no pools, a balance loss of weight 0.01. `--subset=FILE` trains the model cut to it; with
 `--train=subset` only those experts inside the frozen whole model; `--train=new --new_experts=8` only so many fresh
-experts a layer. Fields of the run can be set as in `emo_jax.train`: `--config.optimizer.learning_rate=1e-4`. The same
-command goes on where it stopped; `emo_jax.merge` puts a cut model back.
+experts a layer. Fields of the run can be set as in `emo_jax.train`: `--config.optimizer.learning_rate=1e-4`, or LoRA
+by `--config.optimizer.lora_rank=8`. The same command goes on where it stopped; `emo_jax.merge` puts a cut model back,
+`emo_jax.emoe merge` makes one of emergent experts dense.
 """
 
 import dataclasses
@@ -17,7 +19,7 @@ from typing import Any
 from absl import flags
 
 from emo_jax import cli
-from emo_jax.config import BalanceConfig, Config, DataConfig, OptimizerConfig, PoolConfig, TrainConfig
+from emo_jax.config import BalanceConfig, Config, DataConfig, ModelConfig, OptimizerConfig, PoolConfig, TrainConfig
 from emo_jax.errors import require, require_choice
 
 TRAINED = ("all", "subset", "new")
@@ -40,10 +42,13 @@ def recipe() -> Config:
 
 _CONFIG = cli.define_recipe(recipe())
 _MODEL = flags.DEFINE_string("model", None, "Run directory or Hugging Face folder to start from.", required=True)
-_DATA = flags.DEFINE_string("data", None, "JSON lines: prompt and answer, or text; optional domain.", required=True)
+_DATA = flags.DEFINE_string(
+    "data", None, "JSON lines: prompt and answer, or text, or text and label; optional domain.", required=True
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run, which is the fine-tuned model.", required=True)
 _SUBSET = flags.DEFINE_string("subset", "", "A subset's file, from emo_jax.select.")
 _TRAIN = flags.DEFINE_string("train", "all", "all, subset (its experts, in the frozen model) or new (experts).")
+_CLASSIFY = flags.DEFINE_bool("classify", False, "Learn the labels of texts: the model becomes a classifier.")
 _NEW = flags.DEFINE_integer("new_experts", 0, "Fresh experts a layer.")
 _EPOCHS = flags.DEFINE_float("epochs", 1.0, "How often every example is seen.")
 _WARMUP = flags.DEFINE_float("warmup_fraction", 0.1, "Of the steps.")
@@ -84,7 +89,7 @@ def main() -> int:
         return result.exit_status
     after = result.heldout.to_json()
     results.write_text(json.dumps({"before": before, "after": after}, indent=1) + "\n")
-    _print_losses(before, after)
+    _print_losses(before, after, bool(config.model.labels))
     print(f"\nModel and report: {run_dir}")
     return 0
 
@@ -105,11 +110,30 @@ def _configure(config: Config, subset: Any) -> Config:
     trained = experts if _TRAIN.value == "subset" else ()
     if _NEW.value:
         trained = tuple(" ".join(map(str, range(routed - _NEW.value, routed))) for routed in changed.routed_experts)
-    made = dataclasses.replace(config, model=changed)
-    made.data = dataclasses.replace(config.data, path=_DATA.value, end_of_text=end_of_text(folder))
+    made = dataclasses.replace(config, model=_with_labels(changed))
+    made.data = dataclasses.replace(
+        config.data, path=_DATA.value, end_of_text=end_of_text(folder), labels=made.model.labels
+    )
+    if made.model.labels and not made.model.causal:
+        made.data = dataclasses.replace(made.data, label_at="first", special_tokens=True)
+    if changed.max_positions and "config.data.sequence_length" not in flags.FLAGS:
+        made.data.sequence_length = min(made.data.sequence_length, changed.max_positions)
     made.optimizer = dataclasses.replace(config.optimizer, trainable_experts=trained)
     made.train = dataclasses.replace(config.train, init_from=_MODEL.value, keep_experts=kept, new_experts=_NEW.value)
     return made
+
+
+def _with_labels(model: ModelConfig) -> ModelConfig:
+    """The model as a classifier of the data's labels, where it is to be one."""
+    from emo_jax.data import label_names
+
+    require(
+        model.causal or bool(model.labels) or _CLASSIFY.value,
+        f"--model={_MODEL.value} is an encoder, which cannot be trained to write; give it labels (--classify).",
+    )
+    if model.labels or not _CLASSIFY.value:
+        return model
+    return dataclasses.replace(model, labels=label_names(_DATA.value))
 
 
 def _fill_in_steps(config: Config, run_dir: Path) -> Any:
@@ -141,13 +165,17 @@ def _heldout(config: Config, store: Any) -> Any:
     return loss(params, heldout_batches(store, config.data, rows)).to_json()
 
 
-def _print_losses(before: Any, after: Any) -> None:
-    print("\nHeld-out loss (nats a token of the answers), before and after:")
-    lines = [(name, before["domains"][name], after["domains"][name]) for name in sorted(after["domains"])]
-    lines += [("all", before, after)]
-    width = max(len(name) for name, _, _ in lines)
-    for name, old, new in lines:
-        print(f"  {name:<{width}}  {old['loss']:.3f}  {new['loss']:.3f}  ({new['tokens']:,} tokens)")
+def _print_losses(before: Any, after: Any, classifier: bool) -> None:
+    shown = ("accuracy", "loss") if classifier else ("loss",)
+    counted = "texts" if classifier else "tokens"
+    for value in shown:
+        words = f"loss (nats a {'label' if classifier else 'token of the answers'})" if value == "loss" else value
+        print(f"\nHeld-out {words}, before and after:")
+        lines = [(name, before["domains"][name], after["domains"][name]) for name in sorted(after["domains"])]
+        lines += [("all", before, after)]
+        width = max(len(name) for name, _, _ in lines)
+        for name, old, new in lines:
+            print(f"  {name:<{width}}  {old[value]:.3f}  {new[value]:.3f}  ({new['tokens']:,} {counted})")
 
 
 if __name__ == "__main__":

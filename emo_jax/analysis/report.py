@@ -59,7 +59,11 @@ def _header(run: Run) -> str:
     total, active = total_parameters(model), active_parameters(model)
     size = f"{human(total)} parameters" + (f", {human(active)} active" if active < total else "")
     about = f"{model.num_layers} layers of width {model.d_model:,}"
-    if run.layers:
+    if model.split_layers:
+        kind = "copies" if model.split_copies else "emergent experts"
+        about += f" · layers {', '.join(run.layers)} split into {model.split_experts} {kind}, "
+        about += f"a token uses {model.split_top_k}"
+    elif run.layers:
         counts = sorted({experts for experts in model.layer_experts if experts})
         counted = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
         about += f" · {counted} experts ({model.num_shared_experts} shared), a token uses {model.top_k}"

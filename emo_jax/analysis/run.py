@@ -40,7 +40,7 @@ class Run:
         self.config = Config.from_json(path.read_text(encoding="utf-8"))
         self.name = run_dir.resolve().name
         self.records, self.unreadable = read_metrics(run_dir / "metrics.jsonl")
-        self.layers = [str(layer) for layer, experts in enumerate(self.config.model.layer_experts) if experts]
+        self.layers = [str(layer) for layer in self.config.model.routing_layers]
         self.pooled = bool(self.layers) and self.config.pool.kind != "none"
         self.steps_done: int = self.records[-1]["step"] if self.records else 0
         self.finished = self.steps_done >= self.config.train.steps

@@ -95,6 +95,7 @@ def make_heldout_loss(
             exchange=exchange,
             implementation=implementation,
             kept=kept,
+            token_types_BS=batch.get("token_types"),
         )
         loss_BS, hit_BS = token_losses(*model.readout(hidden_BSD), batch["targets"], mesh)
         domain_BS = jnp.take_along_axis(domains_BG, jnp.maximum(ids_BS - 1, 0), axis=1)

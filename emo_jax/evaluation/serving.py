@@ -51,7 +51,7 @@ class Served:
         documents = max(int(batch["document_ids"].max()) for batches in test.values() for batch in batches)
         layers = len(config.routed_experts)
         # Sizes are drawn by the caller: the range that is written here is not used.
-        pool = PoolConfig(kind="document", min=config.num_choices, max=max(self._experts, config.num_choices))
+        pool = PoolConfig(kind="document", min=config.fewest_experts, max=max(self._experts, config.fewest_experts))
 
         def run(params: Any, batch: dict[str, jax.Array], size: Any, prompt: Any, kept: Sequence[Kept] | None) -> Any:
             model = bind(config, params)

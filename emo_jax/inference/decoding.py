@@ -86,8 +86,8 @@ def pool_size(text: str, config: ModelConfig) -> int:
     require(bool(config.routed_experts), f"pool={text!r} needs experts, but this model is dense; set pool=none.")
     size = int(number)
     require(
-        config.num_choices <= size,
-        f"pool={text!r} must have at least the {config.num_choices} routed experts that a token chooses.",
+        config.fewest_experts <= size,
+        f"pool={text!r} must have at least the {config.fewest_experts} routed experts that a token chooses.",
     )
     return size
 

@@ -3,7 +3,7 @@
 A subset is applied as a mask, cut out into a smaller model, composed with others, and merged back.
 """
 
-from emo_jax.modularity import tables
+from emo_jax.modularity import emergent, tables
 from emo_jax.modularity.calibration import Statistics, calibrate
 from emo_jax.modularity.criteria import CRITERIA, score
 from emo_jax.modularity.retention import Retention, SubsetLosses, measure_retention, specificity
@@ -20,6 +20,7 @@ __all__ = [
     "calibrate",
     "compose",
     "cut",
+    "emergent",
     "fingerprint",
     "kept_masks",
     "measure_retention",

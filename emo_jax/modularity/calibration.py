@@ -17,6 +17,7 @@ from flax import nnx
 from emo_jax.errors import require
 from emo_jax.model import Kept, ModelConfig, bind
 from emo_jax.model.transformer import Block
+from emo_jax.modularity.clustering import Coactivation, coactivation
 
 
 class Statistics(NamedTuple):
@@ -93,6 +94,41 @@ def calibrate(
     return result
 
 
+def coactivations(
+    config: ModelConfig, params: Any, batches: Iterable[dict[str, np.ndarray]], layers: Iterable[int]
+) -> dict[int, Coactivation]:
+    """How often each two neurons of dense layers fire together, over the tokens of documents.
+
+    Args:
+      config: of a dense model.
+      params: its parameters.
+      batches: of one shape, by the contract of `emo_jax.data`.
+      layers: places of the layers.
+
+    Returns:
+      The counts of each.
+
+    Raises:
+      UserError: where the batches hold no token.
+    """
+    batches, layers = list(batches), set(layers)
+    require(any((batch["document_ids"] > 0).any() for batch in batches), "The calibration texts hold no token.")
+    key = json.dumps(dataclasses.asdict(config))
+    embed, activate = _embedding_function(key), _activation_function(key)
+    _, advance = _layer_functions(key, 0)
+    streams = [embed(params, batch["tokens"], batch["positions"], batch.get("token_types")) for batch in batches]
+    given = [(batch["document_ids"], batch["positions"]) for batch in batches]
+    found: dict[int, Coactivation] = {}
+    for layer in range(max(layers) + 1):
+        state = params["layers"][f"{layer:02d}"]
+        if layer in layers:
+            for x, (ids, positions) in zip(streams, given, strict=True):
+                own = coactivation(np.asarray(activate(state, x, ids, positions))[ids > 0])
+                found[layer] = found[layer] + own if layer in found else own
+        streams = [advance(state, x, *some, None) for x, some in zip(streams, given, strict=True)]
+    return found
+
+
 def _config(config_json: str) -> ModelConfig:
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(config_json).items()}
     return ModelConfig(**values)
@@ -115,6 +151,19 @@ def _layer_functions(config_json: str, layer: int) -> tuple[Callable, Callable]:
     config = _config(config_json)
     graph = nnx.split(nnx.eval_shape(lambda: Block(config, layer)))[0]
     return jax.jit(functools.partial(_measure, graph)), jax.jit(functools.partial(_advance, graph))
+
+
+@functools.cache
+def _activation_function(config_json: str) -> Callable[..., jax.Array]:
+    """(a dense layer's parameters, its input, document ids, positions) → its neurons' activations."""
+    config = _config(config_json)
+    graph = nnx.split(nnx.eval_shape(lambda: Block(config, 0)))[0]
+
+    def activate(state: Any, x_BSD: jax.Array, ids_BS: jax.Array, positions_BS: jax.Array) -> jax.Array:
+        block = nnx.merge(graph, state)
+        return block.ffn.activated(block.attend(x_BSD, ids_BS, positions_BS)[1])
+
+    return jax.jit(activate)
 
 
 def _advance(

@@ -84,6 +84,9 @@ class Texts:
             documents=documents,
             sequence_length=self._length,
             batch_size=_BATCH,
+            labels=self._model.config.labels,
+            label_at="last" if self._model.config.causal else "first",
+            special_tokens=not self._model.config.causal,
         )
 
 
@@ -153,7 +156,7 @@ def evaluate_model(
         pools = ()
     for number in pools:
         pool_size(f"prompt:{number}", model.config)
-        check_keep(model.config, number + model.config.num_shared_experts)
+        check_keep(model.config, number + model.config.shared_experts)
     require(not pools or bool(prompts), "pools are chosen by prompts; give their lengths too.")
     first, *others = calibration_documents
     calibration = texts.calibration(first) if keeps or pools else {}
@@ -215,11 +218,11 @@ def _serve(
             chooser = f"{prompt} tokens" if prompt != WHOLE else "whole text (oracle)"
             losses = {domain: served.loss(domain, size, prompt).loss for domain in test}
             added[str(size), chooser] = {domain: losses[domain] - full[domain] for domain in test}
-        keep = size + config.num_shared_experts
+        keep = size + config.shared_experts
         subsets = {domain: select(config, model.params, [calibration[domain]], keep=keep) for domain in test}
         losses = {d: served.loss(d, kept=kept_masks(config, subset)).loss for d, subset in subsets.items()}
         added[str(size), "other texts (subset)"] = {domain: losses[domain] - full[domain] for domain in test}
         chosen = {domain: [*served.choices(domain, size, max(prompts))] for domain in test}
         hits[f"pool of {size}"] = cache_hits(switching(chosen), max(config.routed_experts))
-    sizes = [n for n in (2**power for power in range(1, 12)) if config.num_choices <= n < max(config.routed_experts)]
+    sizes = [n for n in (2**power for power in range(1, 12)) if config.fewest_experts <= n < max(config.routed_experts)]
     return {"pools": tables.pools_table(added), "cache": tables.cache_table(hits, [*sizes, max(config.routed_experts)])}

@@ -49,7 +49,7 @@ def select(
     require_choice("method", method, METHODS)
     require_choice("budget", budget, BUDGETS)
     require(bool(config.routed_experts), "The model is dense: it has no experts to keep.")
-    least, routed = config.num_choices, keep - config.num_shared_experts
+    least, routed = config.fewest_experts, keep - config.shared_experts
     if budget == "mass":
         require(0 < mass <= 1, f"mass={mass} must lie in 0..1: the share of a layer's score to keep.")
     else:
@@ -90,11 +90,11 @@ def select(
 
 def check_keep(config: ModelConfig, keep: int) -> None:
     """Raises `UserError` unless a layer of the model can keep so many experts, shared ones included."""
-    least, most = config.top_k, min(config.routed_experts) + config.num_shared_experts
+    least, most = (count + config.shared_experts for count in (config.fewest_experts, min(config.routed_experts)))
     require(
         least <= keep <= most,
-        f"keep={keep} must lie in {least}..{most}: it counts the {config.num_shared_experts} shared experts, and a "
-        f"token uses {config.top_k} (model.top_k).",
+        f"keep={keep} must lie in {least}..{most}: it counts the {config.shared_experts} shared experts, and a "
+        f"token uses {least} (model.{'split_top_k' if config.split_layers else 'top_k'}).",
     )
 
 

@@ -96,20 +96,41 @@ class Subset:
                 f"The subset keeps experts {kept} of mixture layer {layer}, which has only 0..{routed - 1}.",
             )
             require(
-                len(kept) >= config.num_choices,
+                len(kept) >= config.fewest_experts,
                 f"The subset keeps {len(kept)} routed experts of mixture layer {layer}; a token chooses "
-                f"{config.num_choices} (model.top_k without the shared ones).",
+                f"{config.fewest_experts} (model.top_k without the shared ones).",
             )
 
 
 def fingerprint(config: ModelConfig, params: Any) -> str:
-    """16 hex digits that tell models apart: of the architecture and every router's weights."""
-    digest = hashlib.sha256(json.dumps([config.d_model, config.layer_experts, config.top_k]).encode())
-    for name in sorted(params["layers"]):
-        layer = params["layers"][name]
-        if "moe" in layer:
-            digest.update(np.ascontiguousarray(jax.device_get(layer["moe"]["router"]), np.float32).tobytes())
+    """16 hex digits that tell models apart: of the architecture and every router's weights.
+
+    Of a split layer: which neurons its experts have, its norm (which differs between trained models), a learned gate.
+    """
+    architecture = [config.d_model, config.layer_experts, config.top_k]
+    if config.split_layers:
+        architecture += [config.split_layers, config.split_experts, config.split_top_k, config.split_gate]
+    digest = hashlib.sha256(json.dumps(architecture).encode())
+    for path in identifying_leaves(config):
+        leaf: Any = params
+        for key in path:
+            leaf = leaf[key]
+        digest.update(np.ascontiguousarray(jax.device_get(leaf), np.float32).tobytes())
     return digest.hexdigest()[:16]
+
+
+def identifying_leaves(config: ModelConfig) -> list[tuple[str, ...]]:
+    """Paths of the parameters that a fingerprint is made of."""
+    paths: list[tuple[str, ...]] = []
+    for layer, experts in enumerate(config.layer_experts):
+        here = ("layers", f"{layer:02d}")
+        if experts:
+            paths.append((*here, "moe", "router"))
+        elif layer in config.split_layers:
+            paths.append((*here, "ffn_norm"))
+            paths += [] if config.split_copies else [(*here, "ffn", "order")]
+            paths += [(*here, "ffn", "gate_experts")] if config.split_gate == "cosine" else []
+    return paths
 
 
 def kept_masks(config: ModelConfig, subset: Subset, *, renormalized: bool = True, ablate: bool = False) -> list[Kept]:
@@ -129,9 +150,9 @@ def kept_masks(config: ModelConfig, subset: Subset, *, renormalized: bool = True
     for layer, (kept, routed) in enumerate(zip(subset.experts, config.routed_experts, strict=True)):
         mask_R = np.isin(np.arange(routed), kept) != ablate
         require(
-            mask_R.sum() >= config.num_choices,
+            mask_R.sum() >= config.fewest_experts,
             f"Without the subset, mixture layer {layer} has {mask_R.sum()} experts left; a token chooses "
-            f"{config.num_choices}. Ablate a smaller subset.",
+            f"{config.fewest_experts}. Ablate a smaller subset.",
         )
         masks.append(Kept(jnp.asarray(mask_R), jnp.array(renormalized)))
     return masks

@@ -82,7 +82,7 @@ class Alarms:
         model = config.model
         self._routed = model.routed_experts
         self._warmup = config.optimizer.warmup_steps
-        self._layers = [layer for layer, experts in enumerate(model.layer_experts) if experts]
+        self._layers = model.routing_layers
         tokens = config.data.batch_size * config.data.sequence_length
         # With few tokens an expert, some have none by chance.
         self._few = [tokens * model.num_choices / routed < 50 for routed in self._routed]

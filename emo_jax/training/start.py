@@ -11,12 +11,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from emo_jax.config import Config, expert_lists
 from emo_jax.data.tokenizer import load_tokenizer
 from emo_jax.errors import require
 from emo_jax.interop.huggingface import CONFIG_FILE, read_json
 from emo_jax.model import ModelConfig, abstract_parameters, mixture_layers
+from emo_jax.model.functional import initial_value
 from emo_jax.training.checkpoints import check_same_run, same_run, saved_steps
 from emo_jax.training.weights import saved_model, saved_parameters
 
@@ -142,6 +144,8 @@ def check_origin(config: Config) -> None:
         return
     folder = Path(config.train.init_from)
     theirs = changed_model(origin_model(folder), config.train.keep_experts, config.train.new_experts)
+    if not theirs.labels:  # a model may become a classifier
+        theirs = dataclasses.replace(theirs, labels=config.model.labels)
     ours = _resolved(config.model)
     for name, value in _resolved(theirs).items():
         require(
@@ -190,10 +194,12 @@ def initial_parameters(config: Config, shardings: Any) -> Any:
     """The weights of `train.init_from`, cut and extended as asked, each array where it lives, in the master precision.
 
     A fresh expert adds nothing at first, since its `down` is 0; its router column is drawn with the mean and the spread
-    of its layer's, so that tokens choose it as often as any.
+    of its layer's, so that tokens choose it as often as any. What a classifier's head needs beyond the origin's weights
+    begins as in a model from nothing.
     """
     kept = expert_lists("train.keep_experts", config.train.keep_experts) or None
-    params = saved_parameters(Path(config.train.init_from), shardings, kept)
+    params = saved_parameters(Path(config.train.init_from), shardings, kept, config.model.labels)
+    rng = np.random.default_rng(config.train.seed)
     mixtures = mixture_layers(params)
     key = jax.random.key(config.train.seed, impl="threefry2x32")
 
@@ -207,6 +213,8 @@ def initial_parameters(config: Config, shardings: Any) -> Any:
     def place(path: Any, abstract: jax.ShapeDtypeStruct, sharding: Any) -> jax.Array:
         names = [key.key for key in path]
         parent = functools.reduce(operator.getitem, names[:-1], params)
+        if names[-1] not in parent:  # of a head
+            return jax.device_put(initial_value(names[-1], abstract, config.model.init_std, rng), sharding)
         leaf = parent.pop(names[-1]).astype(abstract.dtype)  # one array at a time is there twice
         if config.train.new_experts and ("routed" in names or "router" in names):
             leaf = extended(names[1], names[-1], leaf)

@@ -5,12 +5,13 @@ time, through tensorstore, the store below it, in the layout that Orbax reads.
 """
 
 import contextlib
+import dataclasses
 import functools
 import json
 import operator
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,11 @@ from tokenizers import Tokenizer
 
 from emo_jax.config import Config
 from emo_jax.errors import UserError, require
-from emo_jax.interop import read_config, read_leaves, read_routers, require_new
+from emo_jax.interop import missing_leaves, read_config, read_leaves, read_routers, require_new
 from emo_jax.interop.huggingface import CONFIG_FILE, leaf_shapes, read_json
 from emo_jax.model import ModelConfig, abstract_parameters, mixture_layers
 from emo_jax.modularity import fingerprint
+from emo_jax.modularity.subset import identifying_leaves
 from emo_jax.training.checkpoints import (
     FORMAT_VERSION,
     DamagedError,
@@ -153,7 +155,10 @@ class Stored:
 
 
 def load_parameters(
-    run_dir: Path, shardings: Any = None, kept: Sequence[Sequence[int]] | None = None
+    run_dir: Path,
+    shardings: Any = None,
+    kept: Sequence[Sequence[int]] | None = None,
+    skip: Collection[LeafPath] = (),
 ) -> tuple[Config, dict[str, Any], int]:
     """Config, parameters and step of a run's newest checkpoint.
 
@@ -162,6 +167,7 @@ def load_parameters(
       shardings: where each parameter goes; None: the default device.
       kept: routed experts of each mixture layer; no other is read, and the config returned is that of the model cut to
         them. None: all.
+      skip: paths of parameters that are not read.
 
     Returns:
       Parameters as JAX arrays in the precision they are stored in: float32 for a run's.
@@ -170,21 +176,22 @@ def load_parameters(
       UserError: where the folder is no run or has no checkpoint, or it is damaged.
     """
     stored = Stored(run_dir)
-    params = _placed(((path, stored.read(path, kept)) for path in stored.abstract_leaves(kept)), shardings)
+    paths = [path for path in stored.abstract_leaves(kept) if path not in skip]
+    params = _placed(((path, stored.read(path, kept)) for path in paths), shardings)
     if kept is not None:
         stored.config.model = stored.config.model.cut(kept)
     return stored.config, params, stored.step
 
 
 def load_routers(run_dir: Path) -> dict[str, Any]:
-    """The routers alone, at their places among the parameters: enough for a model's fingerprint.
+    """The routers alone (or what tells split models apart), at their places: enough for a model's fingerprint.
 
     Raises:
       UserError: as `load_parameters`.
     """
     stored = Stored(run_dir)
-    routers = _placed(((path, stored.read(path)) for path in stored.abstract_leaves() if path[-1] == "router"), None)
-    return {"layers": routers.get("layers", {})}
+    leaves = ((path, stored.read(path)) for path in identifying_leaves(stored.config.model))
+    return {"layers": _placed(leaves, None).get("layers", {})}
 
 
 def saved_model(folder: Path) -> ModelConfig:
@@ -199,16 +206,29 @@ def saved_model(folder: Path) -> ModelConfig:
 
 
 def saved_parameters(
-    folder: Path, shardings: Any = None, kept: Sequence[Sequence[int]] | None = None
+    folder: Path,
+    shardings: Any = None,
+    kept: Sequence[Sequence[int]] | None = None,
+    labels: tuple[str, ...] = (),
 ) -> dict[str, Any]:
     """The weights in a run directory or a Hugging Face folder, as `load_parameters` returns them.
+
+    Args:
+      folder, shardings, kept: see `load_parameters`.
+      labels: of a classifier that the model is to become, where it is none: then without its head, and with what the
+        folder has of a classifier's.
 
     Raises:
       UserError: where what is there cannot be read.
     """
+    config = saved_model(folder)
+    made = bool(labels) and not config.labels
     if "model_type" in read_json(folder / CONFIG_FILE):
-        return _placed(read_leaves(folder, read_config(folder), kept), shardings)
-    return load_parameters(folder, shardings, kept)[1]
+        if made:
+            config = dataclasses.replace(config, labels=labels)
+        missing = missing_leaves(folder, config) if made else ()
+        return _placed(read_leaves(folder, config, kept, skip=missing), shardings)
+    return load_parameters(folder, shardings, kept, [("head",)] if made else ())[1]
 
 
 def saved_fingerprint(folder: Path) -> str:
