@@ -11,8 +11,9 @@ documents without near-duplicates: of the domains it was tuned on, of those it w
 never saw. `merged` is the same model with every expert in use.
 
 bridge: does a dense model that was trained with document pools over blocks of its own neurons keep more of a domain
-when only some blocks stay than one that was trained plainly and split afterwards? Retention as in
-benchmarks/modularity.py: blocks chosen on documents that neither trained on, no fine-tuning.
+when only some blocks stay than one that was trained plainly and split afterwards? Blocks are chosen for each domain on
+documents that neither trained on, all layers at once; no fine-tuning, no pools. Specificity: nats that other domains'
+blocks cost a domain beyond its own, at 8 of 32.
 """
 
 import argparse
@@ -21,23 +22,26 @@ import functools
 import itertools
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from _timing import median_ms
 from modularity import CALIBRATION_DOCUMENTS, documents, run_folder, test_batches
 
 from emo_jax.config import BalanceConfig, Config, DataConfig, ModelConfig, OptimizerConfig, PoolConfig, TrainConfig
+from emo_jax.modularity import Statistics, score
 
 PRETRAINED = ("math_word_problems", "geography", "standards", "python_code", "c_code", "scripture", "german_law")
 TUNED = ("medical_qa", "economics", "shell_help")
 UNSEEN = ("dialogue",)
 TEST_DOCUMENTS = 20
 BLOCKS = 32  # of neurons in the bridge
-KEEPS = (32, 16, 8, 4)
+KEEPS = (16, 8, 4)
+CRITERIA = ("easy_ep", "router_mass")
 RATES = (3e-4, 1e-3, 3e-3)
 
 LAST_TWO = {"layers": (2, 3), "experts": 64, "top_k": 16}
@@ -231,7 +235,7 @@ def tuning(args: argparse.Namespace) -> str:
 def bridged(args: argparse.Namespace, name: str, method: str, seed: int) -> dict[str, Any]:
     """Retention of a dense model, plainly trained or with pools of its own neurons, split into blocks."""
     from emo_jax.data import domain_batches, open_store
-    from emo_jax.modularity import SubsetLosses, emergent, measure_retention, specificity
+    from emo_jax.modularity import Subset, SubsetLosses, calibrate, emergent, fingerprint
     from emo_jax.modularity.calibration import coactivations
     from emo_jax.training.weights import load_parameters
 
@@ -263,23 +267,29 @@ def bridged(args: argparse.Namespace, name: str, method: str, seed: int) -> dict
         orders = emergent.neuron_orders(model, lambda path: np.asarray(read(path, params)), method, firing=firing)
         params = emergent.split(model, params, orders)
     test, _, _ = test_batches(args.corpus, store, store.domains, config.data, TEST_DOCUMENTS)
-    result = measure_retention(
-        model,
-        params,
-        calibration,
-        SubsetLosses(model, params, test),
-        keeps=KEEPS,
-        matrix_keep=8,
-        methods=("router_mass", "easy_ep"),
-        random_seeds=1,
-    )
-    made = {
-        "full": {d: loss.loss for d, loss in result.full.items()},
-        "kept": [[*key, loss.loss] for key, loss in result.kept.items()],
-        "specificity": specificity(result)[0],
-    }
+    losses = SubsetLosses(model, params, test)
+    full = {domain: loss.loss for domain, loss in losses.full().items()}
+    kept: dict[str, dict[str, float]] = {}
+    subsets: dict[str, Subset] = {}
+    model_print = fingerprint(model, params)
+    for domain in test:
+        statistics = calibrate(model, params, calibration[domain])
+        chosen = {f"{by} {keep}": best(statistics, by, keep) for by in CRITERIA for keep in KEEPS}
+        chosen["random 8"] = [np.random.default_rng(layer).permutation(BLOCKS)[:8] for layer in range(4)]
+        for name_, experts in chosen.items():
+            subset = Subset(tuple(tuple(sorted(map(int, layer))) for layer in experts), model_print)
+            kept.setdefault(name_, {})[domain] = losses.under(subset, domain).loss
+            if name_ == f"{CRITERIA[0]} 8":
+                subsets[domain] = subset
+    others = [losses.under(subsets[d], e).loss - kept[f"{CRITERIA[0]} 8"][e] for d in test for e in test if d != e]
+    made = {"full": full, "kept": kept, "specificity": float(np.mean(others))}
     file.write_text(json.dumps(made))
     return made
+
+
+def best(statistics: Sequence[Statistics], criterion: str, keep: int) -> list[np.ndarray]:
+    """The blocks of each layer with the best scores, all layers scored on the whole model."""
+    return [np.argsort(-score(criterion, layer), kind="stable")[:keep] for layer in statistics]
 
 
 def bridge(args: argparse.Namespace) -> str:
@@ -293,15 +303,14 @@ def bridge(args: argparse.Namespace) -> str:
     for name, method in rows:
         made = [bridged(args, name, method, seed) for seed in range(args.seeds)]
 
-        def added(result: dict[str, Any], criterion: str, keep: int) -> float:
-            kept = [e for e in result["kept"] if (e[1], e[2], e[3]) == (criterion, keep, "renormalized")]
-            return float(np.mean([loss - result["full"][domain] for domain, *_, loss in kept]))
+        def added(result: dict[str, Any], chosen: str) -> float:
+            return mean(result["kept"][chosen], PRETRAINED) - mean(result["full"], PRETRAINED)
 
-        for criterion in ("router_mass", "easy_ep"):
+        for criterion in CRITERIA:
             row = [name, method, criterion, cell([mean(m["full"], PRETRAINED) for m in made])]
-            row += [cell([added(m, criterion, keep) for m in made], sign=True) for keep in KEEPS[1:]]
-            row.append(cell([added(m, "random 0", 8) for m in made], sign=True))
-            row.append(cell([m["specificity"] for m in made]) if criterion == "router_mass" else "")
+            row += [cell([added(m, f"{criterion} {keep}") for m in made], sign=True) for keep in KEEPS]
+            row.append(cell([added(m, "random 8") for m in made], sign=True))
+            row.append(cell([m["specificity"] for m in made]) if criterion == CRITERIA[0] else "")
             lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines)
 
@@ -369,7 +378,44 @@ def speed(args: argparse.Namespace) -> str:
     for name, seconds in times.items():
         ratio = float(np.median(np.array(seconds) / np.array(times["dense"])))
         lines.append(f"| {name} | {1e3 * np.median(seconds):.0f} | {ratio:.3f} | {flops[name] / flops['dense']:.4f} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", dispatched()])
+
+
+def dispatched(width: int = 512, hidden: int = 2048, experts: int = 64, choices: int = 16, tokens: int = 1024) -> str:
+    """One layer forward and backward: dense, with its blocks masked, and with its blocks as dispatched experts."""
+    from emo_jax.kernels.experts import routed_experts
+
+    draw = functools.partial(np.random.default_rng(0).standard_normal, dtype=np.float32)
+    x, gate, up = draw((tokens, width)), draw((width, hidden)), draw((width, hidden))
+    down = draw((hidden, width))
+    size = hidden // experts
+
+    def choose(x, gate):
+        return jax.lax.top_k(x @ jax.lax.stop_gradient(gate).reshape(width, experts, size).mean(-1), choices)[1]
+
+    def dense(x, gate, up, down):
+        return (jax.nn.silu(x @ gate) * (x @ up)) @ down
+
+    def masked(x, gate, up, down):
+        mask = jax.nn.one_hot(choose(x, gate), experts).sum(1)
+        hidden_act = jax.nn.silu(x @ gate) * (x @ up)
+        return (hidden_act.reshape(tokens, experts, size) * mask[..., None]).reshape(tokens, hidden) @ down
+
+    def by_dispatch(x, gate, up, down):
+        blocks = [w.reshape(width, experts, size).swapaxes(0, 1) for w in (gate, up)]
+        ones = jnp.ones((tokens, choices))
+        return routed_experts(x, choose(x, gate), ones, *blocks, down.reshape(experts, size, width))
+
+    arguments = tuple(map(jnp.asarray, (x, gate, up, down)))
+    want = np.asarray(masked(*arguments))
+    error = float(np.abs(np.asarray(by_dispatch(*arguments)) - want).max() / np.abs(want).max())
+    times = [
+        median_ms(jax.jit(jax.grad(lambda *a, fn=fn: jnp.square(fn(*a)).sum(), (0, 1, 2, 3))), *arguments)
+        for fn in (dense, masked, by_dispatch)
+    ]
+    words = f"A layer of {width} × {hidden}, {tokens} tokens, {choices} of {experts} experts, forward and backward: "
+    words += "dense {:.0f} ms, masked {:.0f}, dispatched {:.0f}".format(*times)
+    return f"{words} (they differ by {error:.0e})."
 
 
 def main() -> None:

@@ -122,10 +122,6 @@ class Model:
         Raises:
           UserError: where an argument cannot work, or texts meet a model without a tokenizer.
         """
-        require(
-            self.config.causal and not self.config.labels,
-            "The model continues no text: it is an encoder or a classifier (model.causal, model.labels).",
-        )
         sampling = Sampling(temperature, top_k, top_p, seed)
         return self._complete(prompts, max_new_tokens, sampling, stop, pool, on_text)[0]
 
@@ -177,6 +173,10 @@ class Model:
         on_text: Callable[[int, str], None] | None,
     ) -> tuple[list[Completion], Speed]:
         """As `generate`, and how fast."""
+        require(
+            self.config.causal and not self.config.labels,
+            "The model continues no text: it is an encoder or a classifier (model.causal, model.labels).",
+        )
         tokenizer = None
         if self.tokenizer is not None:
             tokenizer = load_tokenizer(self.tokenizer, self.end_of_text, self.config.vocab_size)
