@@ -59,17 +59,14 @@ ARMS: dict[str, dict[str, Any]] = {
     "EMoE, last layer": LAST_TWO | {"layers": (3,)},
     "EMoE, all layers": LAST_TWO | {"layers": (0, 1, 2, 3)},
 }
+_LATE_WHOLE = {"pool.min": 8, "pool.max": 8, "pool.whole_fraction": 0.75, "pool.whole_step": 0.8}
 BRIDGE: dict[str, dict[str, Any]] = {
     "plain": {},
-    "pools": {"pool.min": 8, "pool.max": 8, "pool.whole_fraction": 0.75, "pool.whole_step": 0.8},
-    "pools, learned gate": {
-        "model.split_gate": "cosine",
-        "pool.min": 8,
-        "pool.max": 8,
-        "pool.whole_fraction": 0.75,
-        "pool.whole_step": 0.8,
-    },
+    "pools of 8, late three quarters without": _LATE_WHOLE,
+    "pools of 8 to 32": {"pool.min": 8, "pool.max": 32},
+    "pools of 8, learned gate": _LATE_WHOLE | {"model.split_gate": "cosine"},
 }
+"""Steps as a share of all."""
 
 
 def base(out: Path, steps: int, seed: int) -> Config:
@@ -248,7 +245,7 @@ def bridged(args: argparse.Namespace, name: str, method: str, seed: int) -> dict
             section, field = field.split(".")
             value = round(value * args.steps) if field.endswith("_step") else value
             setattr(config, section, dataclasses.replace(getattr(config, section), **{field: value}))
-        folder = trained(config, run_folder(args.out, f"bridge {name}", seed))
+        folder = trained(config, run_folder(args.out, f"bridge {name.replace(',', '')}", seed))
     else:
         folder = pretrained(args, seed)
     file = folder / f"retention-{method}.json"

@@ -31,6 +31,7 @@ def main() -> None:
     require(not (_TO.value and _DTYPE.value), "--dtype goes with --to_hf; --to keeps every tensor as it is stored.")
     require(not (_TO_HF.value and _VOCAB_ROWS.value), "--vocab_rows goes with --to; --to_hf restores the source's.")
     from emo_jax.training.conversion import export_folder, import_folder, source_folder
+    from emo_jax.training.weights import saved_model
 
     start, subset = time.monotonic(), Path(_SUBSET.value) if _SUBSET.value else None
     source, target = source_folder(_FROM.value), Path(_TO.value or _TO_HF.value)
@@ -41,7 +42,12 @@ def main() -> None:
     size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
     amount = f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
     print(f"\n{target}: {amount} in {time.monotonic() - start:.0f} s")
-    if (target / "tokenizer.json").is_file():
+    model = saved_model(target)
+    if model.labels:
+        print(f"Try it: emo_jax.load({str(target)!r}).classify(['some text']) in Python.")
+    elif not model.causal:
+        print(f"Use it: python -m emo_jax.finetune --model={target} --classify --data=task.jsonl --workdir=DIR")
+    elif (target / "tokenizer.json").is_file():
         print(f"Try it: python -m emo_jax.generate --model={target} --prompt='Once upon a time'")
     else:
         print(f"Try it: emo_jax.load({str(target)!r}) in Python; there is no tokenizer.json to generate text with.")
