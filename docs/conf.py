@@ -39,6 +39,7 @@ nitpick_ignore = [
         "emo_jax.data.prepared.Shards",
         "emo_jax.model.attention.KeyValues",
         "emo_jax.model.attention.Past",
+        "emo_jax.modularity.clustering.Coactivation",
         "emo_jax.parallel.chips.Chip",
         "emo_jax.planning.buffers.Buffer",
         "emo_jax.planning.cost.Flops",

@@ -46,8 +46,8 @@ def _directive(exported: object) -> str:
 
 
 def _skip(app: Sphinx, what: str, name: str, member: object, skip: bool, options: object) -> bool | None:
-    """Leaves out a named tuple's fields, which its class explains."""
-    return True if type(member).__name__ == "_tuplegetter" else None
+    """Leaves out a named tuple's fields, which its class explains, and other names of types, seen in signatures."""
+    return True if type(member).__name__ in ("_tuplegetter", "GenericAlias") else None
 
 
 _kept: dict[str, list[str]] = {}
