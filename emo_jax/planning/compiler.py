@@ -258,8 +258,12 @@ def _compile() -> None:
 
 def unplaced(run: Config) -> Config:
     """The run without what no compiled step depends on: so equal steps have equal keys."""
+    plain, labels = type(run.data)(), run.data.labels
     data = dataclasses.replace(
-        type(run.data)(),
+        plain,
+        source="examples" if labels else plain.source,
+        labels=labels,
+        packing="best_fit" if labels else plain.packing,
         path="unused",
         sequence_length=run.data.sequence_length,
         batch_size=run.data.batch_size,

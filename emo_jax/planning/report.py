@@ -9,6 +9,7 @@ from emo_jax.parallel.config import AXES
 from emo_jax.planning.compiler import Compiled
 from emo_jax.planning.roofline import ASSUMPTIONS, RANGE, REACHED, StepTime
 from emo_jax.planning.search import Layout, Pair, correction
+from emo_jax.planning.shapes import dispatches
 from emo_jax.planning.topology import Topology
 
 UNITS = {
@@ -37,7 +38,7 @@ def header(layout: Layout, topology: Topology) -> str:
     mesh = " × ".join(f"{axis} {size}" for axis, size in layout.sizes.items() if size > 1) or "one device"
     rows = run.data.batch_size // run.train.microbatches // _row_groups(layout)
     device = "a chip" if topology.chip.devices == 1 else "a device (two a chip)"
-    experts = f", exchange {layout.exchange}, {run.mesh.chunks} chunks" if run.model.routed_experts else ""
+    experts = f", exchange {layout.exchange}, {run.mesh.chunks} chunks" if dispatches(run.model) else ""
     return (
         f"{topology.name}{f' × {topology.slices} slices' if topology.slices > 1 else ''}: {topology.chips:,} chips as "
         f"{mesh}\n{rows} rows of {run.data.sequence_length} × {run.train.microbatches} microbatches {device}, "

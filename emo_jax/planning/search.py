@@ -18,6 +18,7 @@ from emo_jax.parallel.sharding import arrange, mesh_sizes
 from emo_jax.planning.compiler import Compiled
 from emo_jax.planning.cost import Cost, estimate
 from emo_jax.planning.roofline import Operations, StepTime, step_time
+from emo_jax.planning.shapes import dispatches
 from emo_jax.planning.topology import Topology, offered, tpu_devices
 
 CHUNKS = (1, 2, 4, 8)
@@ -64,7 +65,7 @@ class Layout(NamedTuple):
     def exchange(self) -> str:
         """How tokens reach other ranks' experts: `ring`, `all_to_all`, or `none` where all experts are at hand."""
         mesh = self.run.mesh
-        if mesh.expert == 1 or not self.run.model.routed_experts:
+        if mesh.expert == 1 or not dispatches(self.run.model):
             return "none"
         return best_exchange(mesh.expert, self.run.model.num_choices) if mesh.exchange == "auto" else mesh.exchange
 
@@ -140,7 +141,7 @@ class Planner:
 
     def _candidates(self, run: Config) -> Iterator[Config]:
         n = self.topology.devices
-        experts = min(run.model.routed_experts, default=1)
+        experts = min(run.model.routed_experts) if dispatches(run.model) else 1
         context = max(run.mesh.context, 1)
         if n % context or run.data.sequence_length % context:
             return
@@ -162,7 +163,7 @@ class Planner:
         other = "all_to_all" if best_exchange(expert, run.model.num_choices) == "ring" else "ring"
         kinds = ("auto", other) if expert > 1 else ("auto",)
         for exchange in kinds:
-            for chunks in CHUNKS if run.model.routed_experts else (1,):
+            for chunks in CHUNKS if dispatches(run.model) else (1,):
                 if tokens % chunks:
                     continue
                 mesh = dataclasses.replace(

@@ -20,6 +20,7 @@ from emo_jax.model import attention
 from emo_jax.parallel import MeshConfig, make_mesh, map_tokens
 
 SEEDS = st.integers(0, 2**32 - 1)
+CAUSAL = pytest.mark.parametrize("causal", [True, False])
 LAYOUTS = {"one document": [256], "many": [5, 1, 1, 120, 1, 100, 28], "single tokens": [1] * 200, "padding": []}
 
 
@@ -47,11 +48,13 @@ def value_and_gradients(attend):
     return jax.jit(run)
 
 
-def of(implementation):
-    return functools.partial(document_attention, implementation=implementation)
+def of(implementation, causal=True):
+    return functools.partial(document_attention, implementation=implementation, causal=causal)
 
 
-exact = value_and_gradients(of("reference"))
+@functools.cache
+def exact(causal=True):
+    return value_and_gradients(of("reference", causal))
 
 
 def assert_close(ours, wanted, tolerance):
@@ -61,29 +64,32 @@ def assert_close(ours, wanted, tolerance):
         np.testing.assert_allclose(our, want, rtol=tolerance, atol=tolerance * np.abs(want).max(), err_msg=name)
 
 
-def loop(query_BSHN, key_BSKN, value_BSKN, ids_BS):
+def loop(query_BSHN, key_BSKN, value_BSKN, ids_BS, causal):
     """One token at a time."""
     rows, length, heads, width = query_BSHN.shape
     y_BSHN = np.zeros_like(query_BSHN)
     for b, s, h in np.ndindex(rows, length, heads):
         k = h * key_BSKN.shape[2] // heads
-        seen = [t for t in range(s + 1) if ids_BS[b, t] == ids_BS[b, s]]
+        seen = [t for t in range(s + 1 if causal else length) if ids_BS[b, t] == ids_BS[b, s]]
         share = np.exp(key_BSKN[b, seen, k] @ query_BSHN[b, s, h] / math.sqrt(width))
         y_BSHN[b, s, h] = share / share.sum() @ value_BSKN[b, seen, k]
     return y_BSHN
 
 
+@CAUSAL
 @pytest.mark.parametrize("lengths", [[9], [1, 4, 1], []])
-def test_the_reference_is_a_loop_over_tokens_and_what_they_see(lengths):
+def test_the_reference_is_a_loop_over_tokens_and_what_they_see(lengths, causal):
     with jax.enable_x64(True):
         *arguments, _ = random_arguments(np.stack([documents(lengths, 9), documents([2, 7], 9)]), 4, 2, 3)
-        np.testing.assert_allclose(reference(*arguments), loop(*map(np.asarray, arguments)), rtol=1e-12, atol=1e-12)
+        wanted = loop(*map(np.asarray, arguments), causal)
+        np.testing.assert_allclose(reference(*arguments, causal=causal), wanted, rtol=1e-12, atol=1e-12)
 
 
+@CAUSAL
 @pytest.mark.parametrize("size, chunk, heads, key_heads", [(1, 4, 1, 1), (7, 512, 4, 2), (13, 4, 3, 3), (19, 5, 4, 1)])
-def test_chunks_of_queries_and_their_gradients_are_the_references(monkeypatch, size, chunk, heads, key_heads):
+def test_chunks_of_queries_and_their_gradients_are_the_references(monkeypatch, size, chunk, heads, key_heads, causal):
     monkeypatch.setattr(op, "QUERY_CHUNK", chunk)
-    chunked = value_and_gradients(of("chunked"))
+    chunked = value_and_gradients(of("chunked", causal))
 
     @settings(deadline=None, max_examples=15)
     @given(SEEDS, st.lists(st.integers(1, size), max_size=size))
@@ -94,7 +100,7 @@ def test_chunks_of_queries_and_their_gradients_are_the_references(monkeypatch, s
         with jax.enable_x64(True):
             ids_BS = np.stack([documents(lengths, size), documents([size // 2], size)])
             arguments = random_arguments(ids_BS, heads, key_heads, 4, seed)
-            assert_close(chunked(*arguments), exact(*arguments), 1e-11)
+            assert_close(chunked(*arguments), exact(causal)(*arguments), 1e-11)
 
     check()
 
@@ -103,19 +109,20 @@ def test_chunks_in_bfloat16_stay_within_their_tolerance_of_the_reference():
     chunked = value_and_gradients(of("chunked"))
     for lengths in LAYOUTS.values():
         arguments = random_arguments(documents(lengths, 300)[None], 4, 2, 8, dtype="bfloat16")
-        assert_close(chunked(*arguments), exact(*arguments), 3e-2)
+        assert_close(chunked(*arguments), exact()(*arguments), 3e-2)
 
 
+@CAUSAL
 @pytest.mark.parametrize("shares", [1, 2])  # two kernels for the backward pass, or one
 @pytest.mark.parametrize("heads, key_heads, dtype, tolerance", [(2, 2, "float32", 1e-5), (4, 2, "bfloat16", 2e-2)])
-def test_the_kernel_for_tpu_is_the_reference(monkeypatch, heads, key_heads, dtype, tolerance, shares):
+def test_the_kernel_for_tpu_is_the_reference(monkeypatch, heads, key_heads, dtype, tolerance, shares, causal):
     monkeypatch.setattr(op, "SPLASH_BLOCK", 128)  # so that there is more than one
     monkeypatch.setattr(op, "SPLASH_SHARES", shares)
-    splash = value_and_gradients(functools.partial(op._splash, interpret=True))
+    splash = value_and_gradients(functools.partial(op._splash, interpret=True, causal=causal))
     for lengths in LAYOUTS.values():
         ids_BS = np.stack([documents(lengths, 256), documents([130], 256)])
         arguments = random_arguments(ids_BS, heads, key_heads, 64, dtype=dtype)
-        assert_close(splash(*arguments), exact(*arguments), tolerance)
+        assert_close(splash(*arguments), exact(causal)(*arguments), tolerance)
 
 
 def in_parts(attend, parts):
@@ -131,26 +138,28 @@ def in_parts(attend, parts):
     return value_and_gradients(run)
 
 
+@CAUSAL
 @pytest.mark.parametrize("chunk", [3, 512])
 @pytest.mark.parametrize("implementation", ["chunked", "reference"])
-def test_parts_of_a_row_are_the_row(monkeypatch, implementation, chunk):
+def test_parts_of_a_row_are_the_row(monkeypatch, implementation, chunk, causal):
     monkeypatch.setattr(op, "QUERY_CHUNK", chunk)
-    attend = in_parts(of(implementation), 3)
+    attend = in_parts(of(implementation, causal), 3)
     with jax.enable_x64(True):
         for lengths in ([24], [5, 1, 12, 2], [1] * 20, []):
             ids_BS = np.stack([documents(lengths, 24), documents([11], 24)])
             arguments = random_arguments(ids_BS, 4, 2, 4)
-            assert_close(attend(*arguments), exact(*arguments), 1e-11)
+            assert_close(attend(*arguments), exact(causal)(*arguments), 1e-11)
 
 
+@CAUSAL
 @pytest.mark.parametrize("shares", [1, 4])
-def test_the_kernel_for_tpu_takes_a_part_of_a_row(monkeypatch, shares):
+def test_the_kernel_for_tpu_takes_a_part_of_a_row(monkeypatch, shares, causal):
     monkeypatch.setattr(op, "SPLASH_BLOCK", 128)
     monkeypatch.setattr(op, "SPLASH_SHARES", shares)
-    splash = in_parts(functools.partial(op._splash, interpret=True), 2)
+    splash = in_parts(functools.partial(op._splash, interpret=True, causal=causal), 2)
     for lengths in ([512], [5, 1, 300, 60]):
         arguments = random_arguments(documents(lengths, 512)[None], 2, 1, 64, dtype="float32")
-        assert_close(splash(*arguments), exact(*arguments), 1e-5)
+        assert_close(splash(*arguments), exact(causal)(*arguments), 1e-5)
 
 
 def test_the_kernel_for_tpu_runs_on_each_devices_rows_and_so_do_its_gradients(monkeypatch):
@@ -160,10 +169,11 @@ def test_the_kernel_for_tpu_runs_on_each_devices_rows_and_so_do_its_gradients(mo
     arguments = random_arguments(ids_BS, 2, 1, 64, dtype="float32")
     splash = functools.partial(op._splash, interpret=True)
     mapped = value_and_gradients(map_tokens(splash, mesh, token_args=4, check_vma=False))
-    assert_close(mapped(*arguments), exact(*arguments), 1e-5)
+    assert_close(mapped(*arguments), exact()(*arguments), 1e-5)
 
 
-def test_devices_that_share_rows_attend_to_all_of_them_with_the_kernel_for_tpu(monkeypatch):
+@CAUSAL
+def test_devices_that_share_rows_attend_to_all_of_them_with_the_kernel_for_tpu(monkeypatch, causal):
     """The kernel runs in a map that is not checked (check_vma): its gradients must be those of whole rows."""
     monkeypatch.setattr(op, "SPLASH_BLOCK", 128)
     monkeypatch.setattr(op, "_splash", functools.partial(op._splash, interpret=True))
@@ -171,16 +181,17 @@ def test_devices_that_share_rows_attend_to_all_of_them_with_the_kernel_for_tpu(m
     mesh = make_mesh(MeshConfig(data=2, context=2), 2, jax.devices()[:4], length=256)
     ids_BS = np.stack([documents([256], 256), documents([100, 90, 40], 256)])
     arguments = random_arguments(ids_BS, 2, 1, 64, dtype="float32")
-    mapped = value_and_gradients(lambda *given: attention._attend(*given, mesh))
-    assert_close(mapped(*arguments), exact(*arguments), 1e-5)
+    mapped = value_and_gradients(lambda *given: attention._attend(*given, mesh, causal))
+    assert_close(mapped(*arguments), exact(causal)(*arguments), 1e-5)
 
 
-def test_the_kernel_for_gpu_is_the_reference():
-    kernel = value_and_gradients(functools.partial(op._pallas_gpu, interpret=True))
+@CAUSAL
+def test_the_kernel_for_gpu_is_the_reference(causal):
+    kernel = value_and_gradients(functools.partial(op._pallas_gpu, interpret=True, causal=causal))
     for lengths in LAYOUTS.values():
         ids_BS = np.stack([documents(lengths, 256), documents([130], 256)])
         arguments = random_arguments(ids_BS, 4, 2, 64, dtype="bfloat16")
-        assert_close(kernel(*arguments), exact(*arguments), 2e-2)
+        assert_close(kernel(*arguments), exact(causal)(*arguments), 2e-2)
 
 
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
@@ -195,12 +206,13 @@ def test_the_kernel_for_gpu_lowers_at_the_released_width():
     assert "4096x4096" not in program
 
 
+@CAUSAL
 @pytest.mark.parametrize("implementation", ["splash", "pallas_gpu"])
 @pytest.mark.parametrize("size, width, dtype", [(100, 64, "bfloat16"), (128, 32, "bfloat16"), (128, 64, "float64")])
-def test_what_a_kernel_does_not_take_goes_through_in_chunks(implementation, size, width, dtype):
+def test_what_a_kernel_does_not_take_goes_through_in_chunks(implementation, size, width, dtype, causal):
     with jax.enable_x64(True):
         *arguments, _ = random_arguments(documents([size - 3], size)[None], 2, 1, width, dtype=dtype)
-        ours, wanted = (jax.jit(of(name))(*arguments) for name in (implementation, "chunked"))
+        ours, wanted = (jax.jit(of(name, causal))(*arguments) for name in (implementation, "chunked"))
         np.testing.assert_array_equal(ours, wanted)
 
 

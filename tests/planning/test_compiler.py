@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from emo_jax.config import BalanceConfig, Config, DataConfig, MeshConfig, ModelConfig
+from emo_jax.config import BalanceConfig, Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, PoolConfig
 from emo_jax.errors import UserError
 from emo_jax.planning import compile_step, estimate, parse_topology, plan_text, unplaced
 from emo_jax.planning.compiler import _out_of_memory
@@ -52,6 +52,37 @@ def test_formulas_are_near_what_the_compiler_plans_and_a_second_time_is_free(tmp
     assert "compiled before" in told[-1]
     text = plan_text(Planner(topology).layout(made), topology, found)
     assert "fits" in text and "roofline, bound by" in text
+
+
+DECODER = {"positions": "learned", "max_positions": 1024, "tied_embeddings": True, "feed_forward": "gelu_tanh"}
+ENCODER = {"causal": False, "norm_placement": "sum", "feed_forward": "gelu", "labels": ("no", "yes"), "remat": "full"}
+SPLIT = {"split_layers": (1,), "split_experts": 32, "split_top_k": 8}
+
+
+@pytest.mark.parametrize(
+    ("model", "rank", "near"),
+    [(DECODER | SPLIT, 0, 0.1), (ENCODER, 0, 0.2), (SPLIT, 8, 0.25)],
+    ids=["a decoder that is split", "a classifier", "lora"],
+)
+def test_formulas_of_dense_models_are_near_what_the_compiler_plans(tmp_path, model, rank, near):
+    shape = {"vocab_size": 8192, "d_model": 1024, "num_layers": 2, "num_heads": 16, "num_experts": 0, "d_dense": 4096}
+    more = {"norm": "layer", "biases": True} if "feed_forward" in model else {}
+    made = unplaced(
+        Config(
+            model=ModelConfig(**shape | more | model),
+            pool=PoolConfig(kind="none"),
+            data=DataConfig(labels=model.get("labels", ()), sequence_length=512, batch_size=32),
+            optimizer=OptimizerConfig(lora_rank=rank),
+            mesh=MeshConfig(data=1, fsdp=4),
+        )
+    )
+    made.validate()
+    found = compile_step(made, parse_topology("v5p:2x2x1"), lambda text: None, tmp_path)
+    cost = estimate(made, {"data": 1, "fsdp": 4, "expert": 1, "context": 1})
+    assert cost.memory.arguments == pytest.approx(found.arguments, rel=0.02)
+    assert cost.memory.total == pytest.approx(found.total, rel=near)
+    assert cost.flops.dense == pytest.approx(found.dense, rel=0.002)
+    assert sum(cost.sent.values()) == pytest.approx(sum(found.sent.values()), rel=0.05)
 
 
 def test_a_step_that_does_not_fit_is_planned_too(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 from emo_jax.config import Config
 from emo_jax.planning import Planner, parse_topology, search_text
 from emo_jax.planning.search import MARGIN, smallest_topology
-from tests.planning.test_cost import on, run
+from tests.planning.test_cost import SPLIT, on, published, run
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +64,13 @@ def test_more_chips_where_nothing_fits():
     assert found is not None and found.chips > 8
     planner = Planner(parse_topology(f"h100:{found.chips // 2}"))
     assert not any(one.fits(planner.topology, MARGIN) for one in planner.leanest(large))
+
+
+def test_experts_of_a_split_layer_are_not_spread(planner):
+    made = published("gpt2", {"lora_rank": 8}, **SPLIT)
+    made.data.batch_size = 8
+    found = planner.layouts(made, lambda text: None)
+    assert found and all(one.sizes["expert"] == 1 and one.exchange == "none" for one in found)
 
 
 def test_the_table_names_flags(planner, layouts):

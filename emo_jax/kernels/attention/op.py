@@ -148,10 +148,11 @@ def _splash(
         block_kv_dq=None if fused else block,
         use_fused_bwd_kernel=fused,
     )
-    kind = splash.CausalMask if causal else splash.FullMask
-    mask = splash.MultiHeadMask([kind((length * parts, length * parts))] * heads)
-    kernel = splash.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=parts, interpret=interpret)
-    if parts > 1:
+    # A full mask is the same for every part of a row, and JAX cannot make its tables of blocks for several (0.12).
+    shards, kind = (parts, splash.CausalMask) if causal else (1, splash.FullMask)
+    mask = splash.MultiHeadMask([kind((length * shards, length * parts))] * heads)
+    kernel = splash.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=shards, interpret=interpret)
+    if shards > 1:
         # Its tables of blocks cover all queries; this device's are cut out where `shard_map` would split them.
         abstract = AbstractMesh((parts,), ("part",))
         specs = kernel.manual_sharding_spec(NamedSharding(abstract, PartitionSpec(None, "part")))
