@@ -173,10 +173,7 @@ class Model:
         on_text: Callable[[int, str], None] | None,
     ) -> tuple[list[Completion], Speed]:
         """As `generate`, and how fast."""
-        require(
-            self.config.causal and not self.config.labels,
-            "The model continues no text: it is an encoder or a classifier (model.causal, model.labels).",
-        )
+        check_generates(self.config)
         tokenizer = None
         if self.tokenizer is not None:
             tokenizer = load_tokenizer(self.tokenizer, self.end_of_text, self.config.vocab_size)
@@ -271,7 +268,10 @@ class Model:
         Raises:
           UserError: where the model is not dense, or an argument cannot work.
         """
-        require_choice("method", method, ("kmeans", "contiguous", "random"))
+        require(
+            method != "coactivation",
+            "method='coactivation' needs texts: split the model's folder with python -m emo_jax.emoe split.",
+        )
         config = emergent.split_config(self.config, layers=layers, experts=experts, top_k=top_k, gate=gate)
 
         def read(path: tuple[str, ...]) -> np.ndarray:
@@ -337,7 +337,8 @@ class Model:
         most = self.config.max_positions
         require(
             length <= most or not most,
-            f"A document of {length} tokens is longer than the {most} positions that the model has learnt.",
+            f"A document of {length} tokens is longer than the {most} positions that the model has learnt; shorten it, "
+            "or max_new_tokens.",
         )
 
     def __call__(self, tokens: ArrayLike, document_ids: ArrayLike | None = None) -> jax.Array:
@@ -417,6 +418,14 @@ def load(path: str | Path, subset: Subset | str | Path | None = None, *, dtype: 
         tokenizer if tokenizer.is_file() else None,
         end if isinstance(end, int) else -1,
         weights.published_folder(path),
+    )
+
+
+def check_generates(config: ModelConfig) -> None:
+    """Raises `UserError` where a model cannot continue texts."""
+    require(
+        config.causal and not config.labels,
+        "The model continues no text: it is an encoder or a classifier (model.causal, model.labels).",
     )
 
 

@@ -49,7 +49,8 @@ def run(main: Callable[..., int | None], commands: Sequence[str] = ()) -> None:
 
     if commands and not any(name in sys.argv[1:] for name in (*commands, "--help", "--helpfull", "--helpshort")):
         words = " or ".join(commands)
-        print(f"Error: say what to do first, {words}: python -m {_module()} {commands[0]} --…", file=sys.stderr)
+        other = next((f", not {word!r}" for word in sys.argv[1:] if not word.startswith("-")), "")
+        print(f"Error: say what to do first, {words}{other}: python -m {_module()} {commands[0]} --…", file=sys.stderr)
         sys.exit(2)
 
     def guarded(argv: list[str]) -> int | None:

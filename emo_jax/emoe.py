@@ -19,7 +19,7 @@ COMMANDS = ("split", "merge")
 _MODEL = flags.DEFINE_string("model", None, "Hugging Face folder, run directory or saved model.", required=True)
 _OUT = flags.DEFINE_string("out", None, "Folder of the result, to be made.", required=True)
 _EXPERTS = flags.DEFINE_integer("experts", 64, "split: experts of a layer (N); must divide its hidden neurons.")
-_TOPK = flags.DEFINE_integer("topk", 16, "split: experts that a token uses (k); a quarter or half of them is usual.")
+_TOPK = flags.DEFINE_integer("topk", 0, "split: experts that a token uses (k); 0: a quarter of them, as in the paper.")
 _LAYERS = flags.DEFINE_string(
     "layers", "last:2", "split: which layers, as in 10,11; START:STOP:STEP as in 16:32:2; last:2; or all."
 )
@@ -40,7 +40,8 @@ def main(command: str) -> int:
     from emo_jax.training.splitting import merge_folder, split_folder
 
     if command == "merge":
-        _refuse_unused(flags.FLAGS, "merge")
+        of_split = ("experts", "topk", "layers", "method", "gate", "copies", "seed", "data", "documents")
+        _refuse("that is for split; merge takes --model and --out alone", *of_split, "sequence_length")
         merge_folder(source, target, progress=cli.Bar())
         print(f"\n{target}: dense again, in {time.monotonic() - start:.0f} s")
         print(f"For other tools: python -m emo_jax.convert --from={target} --to_hf=DIR")
@@ -52,16 +53,18 @@ def main(command: str) -> int:
             f"--gate={gate} with --copies: copies of one layer have equal keys; drop --gate, for a cosine gate.",
         )
         gate = "cosine"
-    require(
-        (_METHOD.value == "coactivation") == bool(_DATA.value),
-        f"--method={_METHOD.value} with --data={_DATA.value!r}: texts and --method=coactivation belong together.",
-    )
+        _refuse("--copies groups no neurons", "method", "data", "documents", "sequence_length")
+    if _METHOD.value != "coactivation":
+        _refuse("only --method=coactivation reads texts", "data", "documents", "sequence_length")
+    require(_METHOD.value != "coactivation" or bool(_DATA.value), "--method=coactivation needs texts: --data=FILE.")
+    top_k = _TOPK.value or max(_EXPERTS.value // 4, 1)
+    dense = _model(source)
     split_folder(
         source,
         target,
-        layers=layer_list(_LAYERS.value, _number_of_layers(source)),
+        layers=layer_list(_LAYERS.value, dense.num_layers),
         experts=_EXPERTS.value,
-        top_k=_TOPK.value,
+        top_k=top_k,
         method=_METHOD.value,
         gate=gate,
         copies=_COPIES.value,
@@ -69,8 +72,9 @@ def main(command: str) -> int:
         firing=_firing,
         progress=cli.Bar(),
     )
-    print(f"\n{target}: {_TOPK.value} of {_EXPERTS.value} experts a token, in {time.monotonic() - start:.0f} s")
-    print(f"Fine-tune it: python -m emo_jax.finetune --model={target} --data=task.jsonl --workdir=DIR")
+    print(f"\n{target}: {top_k} of {_EXPERTS.value} experts a token, in {time.monotonic() - start:.0f} s")
+    classify = "" if dense.causal else " --classify"
+    print(f"Fine-tune it: python -m emo_jax.finetune --model={target} --data=task.jsonl{classify} --workdir=DIR")
     return 0
 
 
@@ -103,12 +107,12 @@ def layer_list(text: str, layers: int) -> tuple[int, ...]:
     return tuple(sorted(set(chosen)))
 
 
-def _number_of_layers(source: Path) -> int:
+def _model(source: Path):
     from emo_jax.interop.huggingface import CONFIG_FILE
     from emo_jax.training.weights import saved_model
 
     require((source / CONFIG_FILE).is_file(), f"--model={source} has no {CONFIG_FILE}: it holds no model.")
-    return saved_model(source).num_layers
+    return saved_model(source)
 
 
 def _firing(layers):
@@ -132,9 +136,10 @@ def _firing(layers):
     return coactivations(model.config, model.params, batches, layers)
 
 
-def _refuse_unused(given, command: str) -> None:
-    for name in ("experts", "topk", "layers", "method", "gate", "copies", "seed", "data", "documents"):
-        require(not given[name].present, f"--{name} belongs to split; {command} takes --model and --out alone.")
+def _refuse(why: str, *names: str) -> None:
+    """Raises `UserError` where a flag was given that would do nothing."""
+    for name in names:
+        require(not flags.FLAGS[name].present, f"--{name} does nothing here: {why}.")
 
 
 if __name__ == "__main__":

@@ -101,6 +101,11 @@ def _configure(config: Config, subset: Any) -> Config:
 
     folder = Path(_MODEL.value)
     whole = origin_model(folder)
+    require(
+        not whole.split_layers or (subset is None and _TRAIN.value == "all"),
+        f"--train={_TRAIN.value} with --subset={_SUBSET.value!r}: emergent experts (model.split_layers) are trained "
+        "together; drop both.",
+    )
     experts: tuple[str, ...] = ()
     if subset is not None:
         subset.check(whole, saved_fingerprint(folder))
@@ -120,17 +125,20 @@ def _configure(config: Config, subset: Any) -> Config:
         made.data.sequence_length = min(made.data.sequence_length, changed.max_positions)
     made.optimizer = dataclasses.replace(config.optimizer, trainable_experts=trained)
     made.train = dataclasses.replace(config.train, init_from=_MODEL.value, keep_experts=kept, new_experts=_NEW.value)
+    made.validate()  # before tokens are made; the number of steps follows from them
     return made
 
 
 def _with_labels(model: ModelConfig) -> ModelConfig:
     """The model as a classifier of the data's labels, where it is to be one."""
-    from emo_jax.data import label_names
+    from emo_jax.data import has_labels, label_names
 
     require(
         model.causal or bool(model.labels) or _CLASSIFY.value,
         f"--model={_MODEL.value} is an encoder, which cannot be trained to write; give it labels (--classify).",
     )
+    if not model.labels and not _CLASSIFY.value and has_labels(_DATA.value):
+        print(f"{_DATA.value} has labels, which are not learnt; give --classify to learn them, and not the texts.")
     if model.labels or not _CLASSIFY.value:
         return model
     return dataclasses.replace(model, labels=label_names(_DATA.value))

@@ -30,7 +30,7 @@ def main() -> int:
     """Prints each prompt with what the model writes after it."""
     prompts = [*_PROMPT.value, *_lines(_PROMPTS.value)]
     require(bool(prompts), "--prompt is empty; give a text to continue, or --prompts=FILE.")
-    from emo_jax.api import load
+    from emo_jax.api import check_generates, load
     from emo_jax.inference import Sampling, pool_size
     from emo_jax.training.weights import saved_model
 
@@ -38,6 +38,7 @@ def main() -> int:
     if (Path(_MODEL.value) / "config.json").is_file():
         pool_size(_POOL.value, saved_model(Path(_MODEL.value)))  # a mistake is told before a large model is read
     model = load(_MODEL.value, _SUBSET.value or None)
+    check_generates(model.config)
     streaming = len(prompts) == 1
     if streaming:
         print(prompts[0], end="", flush=True)

@@ -6,16 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import emo_jax
 from emo_jax.emoe import layer_list
 from emo_jax.errors import UserError
 from emo_jax.model import bind
 from emo_jax.training import train
-from emo_jax.training.conversion import export_folder
+from emo_jax.training.conversion import export_folder, import_folder
 from emo_jax.training.splitting import merge_folder, split_folder
-from emo_jax.training.weights import load_parameters
+from emo_jax.training.weights import load_parameters, saved_parameters
 from tests.data.conftest import write_wordpiece
 from tests.mains import run_main, small_run, write_texts
 
@@ -169,7 +169,9 @@ WRONG = [
     (["--experts=5"], "model.split_experts=5 does not divide the 32 hidden neurons"),
     (["--experts=8", "--topk=9"], "model.split_top_k=9 must lie in 1..8"),
     (["--experts=8", "--method=k-means"], "Did you mean 'kmeans'?"),
-    (["--experts=8", "--topk=4", "--method=coactivation"], "texts and --method=coactivation belong together"),
+    (["--experts=8", "--topk=4", "--method=coactivation"], "--method=coactivation needs texts: --data=FILE"),
+    (["--experts=8", "--data=x.jsonl"], "--data does nothing here: only --method=coactivation reads texts"),
+    (["--experts=4", "--copies", "--method=random"], "--method does nothing here: --copies groups no neurons"),
     (["--experts=4", "--topk=1", "--copies", "--gate=average_key"], "copies of one layer have equal keys"),
 ]
 
@@ -185,8 +187,10 @@ def test_what_cannot_be_split_is_said_before_any_work(options, words, folder, tm
 def test_commands_are_named_and_keep_to_their_own_flags(folder, tmp_path):
     missing = run_main("emoe", f"--model={folder / 'run'}", f"--out={tmp_path / 'out'}")
     assert missing.returncode == 2 and "say what to do first, split or merge" in missing.stderr
+    mistyped = run_main("emoe", "spilt", f"--model={folder / 'run'}", f"--out={tmp_path / 'out'}")
+    assert mistyped.returncode == 2 and "split or merge, not 'spilt'" in mistyped.stderr
     wrong = run_main("emoe", "merge", f"--model={folder / 'run'}", f"--out={tmp_path / 'out'}", "--topk=3")
-    assert wrong.returncode == 2 and "--topk belongs to split" in wrong.stderr
+    assert wrong.returncode == 2 and "--topk does nothing here: that is for split" in wrong.stderr
     dense = run_main("emoe", "merge", f"--model={folder / 'run'}", f"--out={tmp_path / 'out'}")
     assert dense.returncode == 2 and "nothing to merge" in dense.stderr
 
@@ -207,3 +211,24 @@ def test_a_mixture_is_not_split(tmp_path, folder):
     train(small_run(folder / "texts.jsonl", steps=3), tmp_path / "mixture", log=lambda text: None)
     with pytest.raises(UserError, match="only dense models are split"):
         split_folder(tmp_path / "mixture", tmp_path / "out", layers=[0], experts=2, top_k=1)
+
+
+@pytest.mark.parametrize("by", ["folder", "split", "import"])
+def test_a_classifier_made_of_an_encoder_begins_with_its_pooler(by, tmp_path):
+    wanted = load_file(GOLDENS / "bert_classifier" / "model.safetensors")
+    source = tmp_path / "bert"
+    shutil.copytree(GOLDENS / "bert_classifier", source)
+    values = json.loads((source / "config.json").read_text()) | {"architectures": ["BertModel"]}
+    (source / "config.json").write_text(json.dumps(values))
+    tensors = {name.removeprefix("bert."): value for name, value in wanted.items() if "classifier" not in name}
+    save_file(tensors, source / "model.safetensors")
+    if by == "split":
+        split_folder(source, tmp_path / by, layers=[0], experts=4, top_k=1, method="contiguous", log=lambda text: None)
+    elif by == "import":
+        import_folder(source, tmp_path / by, log=lambda text: None)
+    else:
+        source.rename(tmp_path / by)
+    params = saved_parameters(tmp_path / by, labels=("no", "yes"))
+    np.testing.assert_array_equal(params["pooler"], wanted["bert.pooler.dense.weight"].T)
+    np.testing.assert_array_equal(params["pooler_bias"], wanted["bert.pooler.dense.bias"])
+    assert "classifier" not in params

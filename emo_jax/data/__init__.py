@@ -5,7 +5,7 @@ from emo_jax.data.documents import Document, is_heldout
 from emo_jax.data.examples import Example, example_batches, examples_by_domain, labelled_batches, read_examples
 from emo_jax.data.packing import Rows, is_repetitive, pack_rows, padding_share, row, row_domains
 from emo_jax.data.pipeline import count_train_rows, domain_batches, first_documents, heldout_batches, train_batches
-from emo_jax.data.sources import label_names, read_documents
+from emo_jax.data.sources import has_labels, label_names, read_documents
 from emo_jax.data.store import Split, TokenStore, build_store, open_store, prepare_store
 from emo_jax.data.tokenizer import encode, load_tokenizer, token_count, train_tokenizer
 
@@ -23,6 +23,7 @@ __all__ = [
     "example_batches",
     "examples_by_domain",
     "first_documents",
+    "has_labels",
     "heldout_batches",
     "is_heldout",
     "is_repetitive",

@@ -110,6 +110,12 @@ def label_names(path: str) -> tuple[str, ...]:
     return tuple(sorted(names))
 
 
+def has_labels(path: str) -> bool:
+    """Whether the first example of a file is a text with a label."""
+    first, _ = next(_objects(path, "text"), ({}, ""))
+    return "label" in first and "prompt" not in first
+
+
 def _labelled(path: str) -> Iterator[tuple[Document, str, str]]:
     """Yields each text that is not blank, its pair behind it, the name of its label and where it stands."""
     for value, where in _objects(path, "text"):

@@ -135,10 +135,12 @@ class TokenStore:
             return Shards(self.manifest["prepared"], self.domains)
         return self._split("train")
 
-    def documents(self, split: Split) -> Iterator[Document]:
-        """Text and domain of each document of a split, as far as it was kept."""
-        tokenizer = self.tokenizer()
-        for start, stop, domain in zip(split.offsets, split.offsets[1:], split.domains, strict=False):
+    def documents(self, split: Split, *, answers: bool = False) -> Iterator[Document]:
+        """Text and domain of each document of a split, as far as it was kept; of prompts with answers these alone."""
+        tokenizer, starts = self.tokenizer(), split.offsets[:-1]
+        if answers and split.answers is not None and split.labels is None:
+            starts = starts + split.answers
+        for start, stop, domain in zip(starts, split.offsets[1:], split.domains, strict=True):
             yield Document(tokenizer.decode(split.tokens[start:stop].tolist()), self.domains[domain])
 
     @functools.cached_property

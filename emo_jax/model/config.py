@@ -156,7 +156,8 @@ class ModelConfig:
         require(
             not self.split_layers,
             "The experts of a split model (model.split_layers) are parts of one feed-forward: none can be cut out or "
-            "added. Apply the subset as a mask, or merge the model first (python -m emo_jax.emoe merge).",
+            "added. Apply the subset as a mask (emo_jax.evaluate --subset, Model.apply_subset), or merge the model "
+            "first (python -m emo_jax.emoe merge).",
         )
         left = iter(counts)
         totals = tuple(next(left) + self.num_shared_experts if experts else 0 for experts in self.layer_experts)

@@ -59,7 +59,7 @@ class Texts:
         store, config = run_store(self._folder)
         split = first_documents(store.heldout, store.domains, documents)
         sizes = dict.fromkeys(store.domains, 0)
-        for document in store.documents(split):
+        for document in store.documents(split, answers=True):
             sizes[document.domain] += len(document.text.encode())
         return domain_batches(split, store.domains, config, _BATCH), sizes
 

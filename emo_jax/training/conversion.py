@@ -22,6 +22,7 @@ from emo_jax.errors import UserError, require, require_choice
 from emo_jax.interop import (
     abstract_leaves,
     copy_small_files,
+    missing_leaves,
     read_config,
     read_leaves,
     read_unrouted,
@@ -29,10 +30,12 @@ from emo_jax.interop import (
     write_folder,
 )
 from emo_jax.interop.huggingface import CONFIG_FILE, read_json
+from emo_jax.interop.tensors import leaf_shapes
 from emo_jax.model import ModelConfig
 from emo_jax.modularity import Subset
 from emo_jax.training.checkpoints import DamagedError, check, checksums, first_line
 from emo_jax.training.weights import (
+    POOLER,
     SOURCE,
     LeafPath,
     Saving,
@@ -47,6 +50,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 """That tensors can be exported in."""
 
 _LEFT_OUT = "left_out"
+_OTHERS = ("a", "b")
+"""Any labels: an encoder with some has a pooler."""
 _VOCABULARY_AXIS: dict[LeafPath, int] = {("embedding",): 0, ("head",): 1}
 _DOWNLOADED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py")
 
@@ -139,6 +144,7 @@ def import_folder(
         del leaf  # before the next is read
         progress(done, total)
     _keep(read_unrouted(source, config), left_out / "routers.safetensors")
+    keep_pooler(source, config, left_out)
     shutil.copyfile(source / CONFIG_FILE, saving.making / SOURCE / CONFIG_FILE)
     copy_small_files(source, saving.making / SOURCE)
     data = DataConfig(end_of_text=end_of_text(source) if tokenizer else "")
@@ -320,6 +326,24 @@ def _cropped_or_padded(path: LeafPath, leaf: np.ndarray, rows: int, left_out: Pa
         leaf, rest = np.split(leaf, [rows], axis)
         _keep({path[0]: rest}, left_out / f"{path[0]}.safetensors")
     return leaf
+
+
+def keep_pooler(source: Path, config: ModelConfig, left_out: Path) -> dict[str, Any]:
+    """Puts the pooler of an encoder without labels, if its Hugging Face folder has one, into the folder `left_out`.
+
+    A classifier that is made of the model begins with it, see `weights.saved_parameters`.
+
+    Returns:
+      What a saved model says of `left_out` beside its arrays.
+    """
+    if config.causal or config.labels:
+        return {}
+    labelled = dataclasses.replace(config, labels=_OTHERS)
+    paths = {path for path in leaf_shapes(labelled) if path[0] in ("pooler", "pooler_bias")}
+    skip = set(leaf_shapes(labelled)) - (paths - missing_leaves(source, labelled))
+    left_out.mkdir(parents=True, exist_ok=True)
+    _keep({path[0]: leaf for path, leaf in read_leaves(source, labelled, skip=skip)}, left_out / POOLER)
+    return {_LEFT_OUT: checksums(_left_out(left_out))}
 
 
 def _keep(arrays: dict[str, np.ndarray], file: Path) -> None:

@@ -263,8 +263,9 @@ class _Run:
         left = (self.config.train.steps - step) * self.tokens_per_step / max(rate, 1e-9)
         self.progress.show(step, line["cross_entropy"], rate, left)
         if self.heldout is not None and state is not None:
+            unit = "label" if self.config.model.labels else "token"
             self.progress.message(
-                f"step {step}: held-out loss {self.heldout.all.loss:.4f} nats/token (no document pool)"
+                f"step {step}: held-out loss {self.heldout.all.loss:.4f} nats/{unit} (no document pool)"
             )
         # The end of the loop writes the last one; between, it may cost a hundredth of the time.
         due = time.monotonic() - self.reported > max(60.0, 100 * self.report_seconds)

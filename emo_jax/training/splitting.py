@@ -19,7 +19,7 @@ from emo_jax.interop import abstract_leaves, copy_small_files, read_config, read
 from emo_jax.interop.huggingface import CONFIG_FILE, read_json
 from emo_jax.model import ModelConfig
 from emo_jax.modularity import clustering, emergent
-from emo_jax.training.conversion import Progress, silent
+from emo_jax.training.conversion import Progress, keep_pooler, silent
 from emo_jax.training.weights import SOURCE, LeafPath, Saving, Stored, end_of_text, published_folder
 
 
@@ -78,7 +78,7 @@ def split_folder(
     orders: emergent.Orders = {}
     if not copies:
         layer_words = ", ".join(map(str, config.split_layers))
-        log(f"Grouping the {config.d_dense} neurons of layers {layer_words} ({method}) ...")
+        log(f"Grouping the {config.d_dense} neurons of layer {layer_words} ({method}) ...")
         found = firing(config.split_layers) if firing is not None and method == "coactivation" else None
         orders = emergent.neuron_orders(config, model.read, method, seed=seed, firing=found)
         for layer, order in orders.items():
@@ -149,6 +149,8 @@ def _finish(source: Path, saving: Saving, config: ModelConfig, meta: dict[str, A
         (saving.making / SOURCE).mkdir()
         shutil.copyfile(published / CONFIG_FILE, saving.making / SOURCE / CONFIG_FILE)
         copy_small_files(published, saving.making / SOURCE)
+        if published == source:
+            meta = meta | keep_pooler(source, read_config(source), saving.making / SOURCE / "left_out")
     data = DataConfig(end_of_text=end_of_text(source) if tokenizer.is_file() else "")
     run = Config(model=dataclasses.replace(config), pool=PoolConfig(kind="none"), data=data)
     saving.finish(run, tokenizer if tokenizer.is_file() else None, **meta)

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
+from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
 from emo_jax.config import Config
@@ -46,6 +47,9 @@ LeafPath = tuple[str, ...]
 
 SOURCE = "source"
 """Folder in a saved model for what the Hugging Face folder it came from has beside parameters."""
+
+POOLER = "pooler.safetensors"
+"""File in its folder `left_out` with the pooler of an encoder without labels."""
 
 _CHUNK_BYTES = 2**23
 """Of leaves that are not experts apart."""
@@ -228,7 +232,11 @@ def saved_parameters(
             config = dataclasses.replace(config, labels=labels)
         missing = missing_leaves(folder, config) if made else ()
         return _placed(read_leaves(folder, config, kept, skip=missing), shardings)
-    return load_parameters(folder, shardings, kept, [("head",)] if made else ())[1]
+    params = load_parameters(folder, shardings, kept, [("head",)] if made else ())[1]
+    pooler = folder / SOURCE / "left_out" / POOLER
+    if made and not config.causal and pooler.is_file():
+        params |= _placed((((name,), leaf) for name, leaf in load_file(pooler).items()), shardings)
+    return params
 
 
 def saved_fingerprint(folder: Path) -> str:
