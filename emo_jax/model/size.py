@@ -35,7 +35,7 @@ def flops_per_token(config: ModelConfig, sequence_length: int) -> int:
     of it, are not subtracted, so that the figure depends on the config alone.
     """
     looked_up = config.max_positions + config.token_types
-    if config.labels or not config.tied_embeddings:
+    if config.labels or not (config.causal and config.tied_embeddings):  # no head, or one of its own
         looked_up += config.vocab_size
     attention = 6 * sequence_length * config.num_heads * config.head_dim * config.num_layers
     attention *= 1 if config.causal else 2
