@@ -367,9 +367,9 @@ def speed(args: argparse.Namespace) -> str:
         steps[name] = run
     times: dict[str, list[float]] = {name: [] for name in kinds}
     for _ in range(args.repeats):
-        for name, run in steps.items():  # turn by turn, so that all see the same machine
+        for name in rng.permutation(list(steps)):  # turn by turn, so that all see the same machine
             start = time.perf_counter()
-            run()
+            steps[name]()
             times[name].append(time.perf_counter() - start)
     lines = ["| step | median ms | × dense | forward FLOPs × dense |", "|" + "---|" * 4]
     for name, seconds in times.items():
