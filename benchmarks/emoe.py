@@ -28,11 +28,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import modularity
 import numpy as np
 from _timing import median_ms
-from modularity import CALIBRATION_DOCUMENTS, documents, run_folder, test_batches
+from modularity import CALIBRATION_DOCUMENTS, cell, documents, run_folder, test_batches
 
-from emo_jax.config import BalanceConfig, Config, DataConfig, ModelConfig, OptimizerConfig, PoolConfig, TrainConfig
+from emo_jax.config import BalanceConfig, Config, ModelConfig, PoolConfig
 from emo_jax.modularity import Statistics, score
 
 PRETRAINED = ("math_word_problems", "geography", "standards", "python_code", "c_code", "scripture", "german_law")
@@ -70,25 +71,17 @@ BRIDGE: dict[str, dict[str, Any]] = {
 
 
 def base(out: Path, steps: int, seed: int) -> Config:
-    """The dense model that is pretrained."""
-    return Config(
+    """The dense model that is pretrained; all else as in the retention study."""
+    run = modularity.base(out, out, steps, seed)
+    return dataclasses.replace(
+        run,
         model=ModelConfig(
             vocab_size=1024, d_model=96, num_layers=4, num_heads=3, num_experts=0, d_dense=384, dtype="float32"
         ),
         pool=PoolConfig(kind="none"),
         balance=BalanceConfig(weight=0.0, router_z_weight=0.0),
-        data=DataConfig(
-            source="jsonl",
-            path=str(out / "pretrain.jsonl"),
-            cache_dir=str(out / "tokens"),
-            sequence_length=256,
-            batch_size=16,
-            max_documents=16,
-            max_document_bytes=2000,
-            heldout_documents=CALIBRATION_DOCUMENTS,
-        ),
-        optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=min(50, steps // 2), final_fraction=0.1),
-        train=TrainConfig(steps=steps, seed=seed, eval_every=0, checkpoint_every=steps, guard_window=0),
+        data=dataclasses.replace(run.data, path=str(out / "pretrain.jsonl")),
+        optimizer=dataclasses.replace(run.optimizer, learning_rate=2e-3, warmup_steps=min(50, steps // 2)),
     )
 
 
@@ -194,13 +187,6 @@ def mean(losses: dict[str, float], domains: tuple[str, ...]) -> float:
     return float(np.mean([losses[domain] for domain in domains]))
 
 
-def cell(values: list[float], sign: bool = False) -> str:
-    """Mean and range."""
-    form = "{:+.3f}" if sign else "{:.3f}"
-    span = f" ({form.format(min(values))} to {form.format(max(values))})" if len(values) > 1 else ""
-    return form.format(float(np.mean(values))) + span
-
-
 def tuning(args: argparse.Namespace) -> str:
     """The table of fine-tuned arms."""
     of_rate = {rate: mean(tuned(args, "dense", 0, rate)["tuned"], TUNED) for rate in RATES}
@@ -219,9 +205,14 @@ def tuning(args: argparse.Namespace) -> str:
         def against(kind: str, domains: tuple[str, ...], made=made) -> str:
             pairs = zip(made, dense, strict=True)
             values = [mean(m[kind], domains) - mean(d["tuned"], domains) for m, d in pairs if kind in m]
-            return cell(values, sign=True) if values else ""
+            return cell(values)
 
-        row = [name, cell([mean(m["tuned"], TUNED) for m in made]), against("tuned", TUNED), against("merged", TUNED)]
+        row = [
+            name,
+            cell([mean(m["tuned"], TUNED) for m in made], sign=False),
+            against("tuned", TUNED),
+            against("merged", TUNED),
+        ]
         lines.append("| " + " | ".join([*row, against("tuned", PRETRAINED), against("tuned", UNSEEN)]) + " |")
     return "\n".join(lines)
 
@@ -304,10 +295,10 @@ def bridge(args: argparse.Namespace) -> str:
             return mean(result["kept"][chosen], PRETRAINED) - mean(result["full"], PRETRAINED)
 
         for criterion in CRITERIA:
-            row = [name, method, criterion, cell([mean(m["full"], PRETRAINED) for m in made])]
-            row += [cell([added(m, f"{criterion} {keep}") for m in made], sign=True) for keep in KEEPS]
-            row.append(cell([added(m, "random 8") for m in made], sign=True))
-            row.append(cell([m["specificity"] for m in made]) if criterion == CRITERIA[0] else "")
+            row = [name, method, criterion, cell([mean(m["full"], PRETRAINED) for m in made], sign=False)]
+            row += [cell([added(m, f"{criterion} {keep}") for m in made]) for keep in KEEPS]
+            row.append(cell([added(m, "random 8") for m in made]))
+            row.append(cell([m["specificity"] for m in made], sign=False) if criterion == CRITERIA[0] else "")
             lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines)
 

@@ -213,15 +213,17 @@ def mean_full(result: dict[str, Any]) -> float:
     return float(np.mean([loss["loss"] for loss in result["full"].values()]))
 
 
+def cell(values: list[float], sign: bool = True) -> str:
+    """A mean with its range; empty without values."""
+    if not values:
+        return ""
+    form = "{:+.3f}" if sign else "{:.3f}"
+    span = f" ({form.format(min(values))} to {form.format(max(values))})" if len(values) > 1 else ""
+    return form.format(float(np.mean(values))) + span
+
+
 def summary(results: dict[str, list[dict[str, Any]]]) -> str:
     """The tables of BUILD_NOTES.md, each cell the mean over seeds with its range."""
-
-    def cell(values: list[float], sign: bool = True) -> str:
-        if not values:
-            return ""
-        form = "{:+.3f}" if sign else "{:.3f}"
-        span = f" ({form.format(min(values))} to {form.format(max(values))})" if len(values) > 1 else ""
-        return form.format(float(np.mean(values))) + span
 
     lines = ["| arm | full loss | 50 % | 25 % | 12.5 % | 25 %, original weights | 25 %, random |", "|" + "---|" * 7]
     for arm, made in results.items():

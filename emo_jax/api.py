@@ -22,7 +22,7 @@ from emo_jax.inference import Completion, Generator, Sampling, Speed, complete, 
 from emo_jax.interop import write_folder
 from emo_jax.interop.huggingface import CONFIG_FILE, read_json
 from emo_jax.model import Kept, ModelConfig, bind
-from emo_jax.model.functional import Parameters
+from emo_jax.model.functional import LeafPath, Parameters, leaf_at
 from emo_jax.modularity import Subset, cut, emergent, fingerprint, kept_masks, select
 
 
@@ -146,8 +146,7 @@ class Model:
         batches = labelled_batches(
             [Example(first, second, "text") for first, second in pairs],
             load_tokenizer(self.tokenizer, self.end_of_text, config.vocab_size),
-            label_at="last" if config.causal else "first",
-            special_tokens=not config.causal,
+            **config.label_fields,
             sequence_length=min(sequence_length, config.max_positions or sequence_length),
             batch_size=batch_size,
             max_documents=1,
@@ -274,8 +273,8 @@ class Model:
         )
         config = emergent.split_config(self.config, layers=layers, experts=experts, top_k=top_k, gate=gate)
 
-        def read(path: tuple[str, ...]) -> np.ndarray:
-            return np.asarray(functools.reduce(lambda node, key: node[key], path, self.params))
+        def read(path: LeafPath) -> np.ndarray:
+            return np.asarray(leaf_at(self.params, path))
 
         params = emergent.split(config, self.params, emergent.neuron_orders(config, read, method, seed=seed), seed)
         return Model(config, params, self.tokenizer, self.end_of_text_id, self.origin)
@@ -321,8 +320,8 @@ class Model:
             require_choice("dtype", dtype, DTYPES)
         dtype = dtype or str(self.params["embedding"].dtype)
 
-        def leaf(path: tuple[str, ...]) -> np.ndarray:
-            return cast(path, np.asarray(functools.reduce(lambda node, key: node[key], path, self.params)), dtype)
+        def leaf(path: LeafPath) -> np.ndarray:
+            return cast(path, np.asarray(leaf_at(self.params, path)), dtype)
 
         write_folder(
             Path(folder),

@@ -14,6 +14,12 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
+def nearest_divisors(n: int, total: int, least: int = 1) -> str:
+    """The divisors of `total` next to n, from `least` on, in words: one below and one above, where there are any."""
+    below, above = ([d for d in some if total % d == 0] for some in (range(n, least - 1, -1), range(n, total + 1)))
+    return " or ".join(str(found[0]) for found in (below, above) if found)
+
+
 def require_choice(field: str, value: str, choices: Iterable[str]) -> None:
     """Raises `UserError` unless `value` is one of `choices`; names the nearest one."""
     choices = tuple(choices)

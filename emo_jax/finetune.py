@@ -119,8 +119,8 @@ def _configure(config: Config, subset: Any) -> Config:
     made.data = dataclasses.replace(
         config.data, path=_DATA.value, end_of_text=end_of_text(folder), labels=made.model.labels
     )
-    if made.model.labels and not made.model.causal:
-        made.data = dataclasses.replace(made.data, label_at="first", special_tokens=True)
+    if made.model.labels:
+        made.data = dataclasses.replace(made.data, **made.model.label_fields)
     if changed.max_positions and "config.data.sequence_length" not in flags.FLAGS:
         made.data.sequence_length = min(made.data.sequence_length, changed.max_positions)
     made.optimizer = dataclasses.replace(config.optimizer, trainable_experts=trained)

@@ -21,8 +21,9 @@ import safetensors
 from emo_jax.errors import UserError, require
 from emo_jax.interop.families import FAMILIES, Names, family_for, family_of
 from emo_jax.interop.fields import is_classifier, model_config
-from emo_jax.interop.tensors import LeafPath, Tensor, joined, leaf_shapes, scaled, tensors
+from emo_jax.interop.tensors import Tensor, joined, scaled, tensors
 from emo_jax.model import ModelConfig
+from emo_jax.model.functional import LeafPath, leaf_path, leaf_shapes
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -196,7 +197,7 @@ def to_public_names(params: dict[str, Any], config: ModelConfig, *, gradients: b
     Raises:
       UserError: no published family can hold the model.
     """
-    leaves = {tuple(key.key for key in path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(params)}
+    leaves = {leaf_path(keys): np.asarray(leaf) for keys, leaf in jax.tree.leaves_with_path(params)}
     parts = (
         (tensor, tensor.published(leaves[tensor.path], gradients=gradients))
         for tensor in tensors(config, FAMILIES[family_for(config)])

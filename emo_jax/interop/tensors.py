@@ -16,15 +16,12 @@ Letters: D model, H query heads, N head width, E experts, s shared experts, F ex
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from emo_jax.interop.families import Family
-from emo_jax.model import ModelConfig, abstract_parameters
-
-LeafPath = tuple[str, ...]
-"""Of a parameter of ours, such as ("layers", "00", "moe", "router")."""
+from emo_jax.model import ModelConfig
+from emo_jax.model.functional import LeafPath, leaf_shapes
 
 
 class Tensor(NamedTuple):
@@ -95,12 +92,6 @@ def scaled(value: np.ndarray, times: int = 1, over: int = 1) -> np.ndarray:
         return value
     wide = value.astype(jnp.promote_types(value.dtype, jnp.float32))
     return (wide * times / over).astype(value.dtype)
-
-
-def leaf_shapes(config: ModelConfig) -> dict[LeafPath, tuple[int, ...]]:
-    """The shape of each of a model's parameters, by its path."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(abstract_parameters(config))
-    return {tuple(key.key for key in path): leaf.shape for path, leaf in leaves}
 
 
 def tensors(config: ModelConfig, family: Family, kept: Sequence[Sequence[int]] | None = None) -> Iterator[Tensor]:

@@ -15,8 +15,9 @@ from emo_jax.errors import UserError, require
 from emo_jax.interop.families import FAMILIES, family_for
 from emo_jax.interop.fields import fixed_fields, model_config, published_fields
 from emo_jax.interop.huggingface import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, read_json
-from emo_jax.interop.tensors import LeafPath, Tensor, joined, leaf_shapes, tensors
+from emo_jax.interop.tensors import Tensor, joined, tensors
 from emo_jax.model import ModelConfig
+from emo_jax.model.functional import LeafPath, leaf_shapes
 
 _GENERATION_FILE = "generation_config.json"
 _TOKENIZER_FILE = "tokenizer.json"

@@ -2,8 +2,9 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
-from emo_jax.errors import require, require_choice
+from emo_jax.errors import nearest_divisors, require, require_choice
 
 POOL_KINDS = ("none", "document", "random")
 BALANCE_SCOPES = ("global", "buffer", "microbatch", "local")
@@ -142,6 +143,11 @@ class ModelConfig:
         """Routed experts that a pool or a subset must leave: C, or 1 where a token uses all there are (C = N)."""
         return 1 if self.split_layers and self.split_top_k == self.split_experts else self.num_choices
 
+    @property
+    def label_fields(self) -> dict[str, Any]:
+        """How texts with labels are read for this model, as fields of `DataConfig`: as `readout` reads them."""
+        return {"label_at": "last" if self.causal else "first", "special_tokens": not self.causal}
+
     def feed_forward_width(self, layer: int) -> int:
         """Hidden width of a dense or split layer."""
         copies = self.split_experts if self.split_copies and layer in self.split_layers else 1
@@ -269,12 +275,10 @@ class ModelConfig:
         n, k = self.split_experts, self.split_top_k
         require(n >= 2, f"model.split_experts={n} must be at least 2.")
         if not self.split_copies:
-            near = [d for d in range(2, self.d_dense + 1) if self.d_dense % d == 0]
-            near = sorted(near, key=lambda d: abs(d - n))[:4]
             require(
                 self.d_dense % n == 0,
                 f"model.split_experts={n} does not divide the {self.d_dense} hidden neurons of a layer "
-                f"(model.d_dense), and experts must be equal in size; try {', '.join(map(str, sorted(near)))}.",
+                f"(model.d_dense), and experts must be equal in size; try {nearest_divisors(n, self.d_dense, 2)}.",
             )
         require(
             1 <= k <= n,

@@ -103,8 +103,7 @@ class EmergentExperts(FeedForward):
         """
         del exchange, implementation
         options: dict[str, Any] = {"pool": pool, "voters_BS": voters_BS, "documents": documents, "kept": kept}
-        if draws is not None and pool is not None:
-            options |= {"size_BG": draws.size_BLG[:, layer], "seed_BG2": draws.seed_BLG[:, layer]}
+        options |= {} if draws is None else draws.pools(layer)
         if draws is not None and draws.noise_BL2 is not None:
             shape = (x_BSD.shape[1], self.config.split_experts)
             options["noise_BSN"] = _normal(draws.noise_BL2[:, layer], shape) * draws.noise_scale_B[:, None, None]

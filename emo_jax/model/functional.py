@@ -3,7 +3,8 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +18,8 @@ from emo_jax.model.transformer import Transformer
 
 Parameters = dict[str, Any]
 """Nested dict of arrays, such as params["layers"]["00"]["moe"]["router"]."""
+LeafPath = tuple[str, ...]
+"""Of a parameter, such as ("layers", "00", "moe", "router")."""
 
 
 @functools.cache
@@ -41,6 +44,21 @@ def bind(config: ModelConfig, params: Parameters) -> Transformer:
 def abstract_parameters(config: ModelConfig) -> Parameters:
     """Shapes and dtypes of the parameters, without making any."""
     return nnx.to_pure_dict(_abstract(config)[1])
+
+
+def leaf_path(keys: Sequence[Any]) -> LeafPath:
+    """The path that JAX's tree functions give as keys of dictionaries."""
+    return tuple(key.key for key in keys)
+
+
+def leaf_at(tree: Any, path: LeafPath) -> Any:
+    """What a nested dict holds at a path."""
+    return functools.reduce(operator.getitem, path, tree)
+
+
+def leaf_shapes(config: ModelConfig) -> dict[LeafPath, tuple[int, ...]]:
+    """The shape of each of a model's parameters, by its path."""
+    return {leaf_path(keys): leaf.shape for keys, leaf in jax.tree.leaves_with_path(abstract_parameters(config))}
 
 
 def mixture_layers(params: Parameters) -> list[str]:

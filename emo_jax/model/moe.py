@@ -85,9 +85,7 @@ class MixtureOfExperts(nnx.Module):
                 documents=documents,
                 always_active=self.always_active,
             )
-            draw: dict[str, Any] = {}
-            if draws is not None and pool is not None:
-                draw = {"size_BG": draws.size_BLG[:, layer], "seed_BG2": draws.seed_BLG[:, layer]}
+            draw: dict[str, Any] = {} if draws is None else draws.pools(layer)
             logits_BSR = self.router_logits(x_BSD, mesh)
             if voters_BS is None and kept is None:
                 routing = _by_rows(decide, mesh)(logits_BSR, document_ids_BS, **draw)

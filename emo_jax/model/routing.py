@@ -38,7 +38,7 @@ class PoolDraws(NamedTuple):
     """A step's random draws, made once for all its rows; microbatches slice them.
 
     Attributes:
-      size_BLG: int32, experts in the pool of each row's document, for every mixture layer.
+      size_BLG: int32, experts in the pool of each row's document, for every mixture layer; None: no pools.
       seed_BLG: uint32 [B, L, G, 2], key data of the expert order in `random` pools.
       noise_BL2: uint32, key data of the noise on the gates of split layers; None: no noise.
       noise_scale_B: its standard deviation, the same for all rows.
@@ -48,6 +48,12 @@ class PoolDraws(NamedTuple):
     seed_BLG: Any
     noise_BL2: Any = None
     noise_scale_B: Any = None
+
+    def pools(self, layer: int) -> dict[str, Any]:
+        """Those of one mixture layer that `route` takes; none, where documents have no pools."""
+        if self.size_BLG is None:
+            return {}
+        return {"size_BG": self.size_BLG[:, layer], "seed_BG2": self.seed_BLG[:, layer]}
 
 
 class RoutingTotals(NamedTuple):

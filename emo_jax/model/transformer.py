@@ -167,6 +167,8 @@ class Transformer(nnx.Module):
           to, one a layer (the cache of `past`, where there is one, with this token's).
         """
         pool = None if pool is None or pool.kind == "none" else pool
+        if pool is None and draws is not None:
+            draws = draws._replace(size_BLG=None, seed_BLG=None)
         with jax.named_scope("embedding"):
             x_BSD = self.embedded(tokens_BS, positions_BS, token_types_BS, mesh)
         routings: list[Routing] = []

@@ -8,7 +8,7 @@ import dataclasses
 
 import numpy as np
 
-from emo_jax.errors import UserError, require, require_choice
+from emo_jax.errors import UserError, nearest_divisors, require, require_choice
 
 METHODS = ("kmeans", "contiguous", "random", "coactivation")
 STARTS = 10
@@ -139,14 +139,10 @@ def cohesion(keys_FD: np.ndarray, order_F: np.ndarray, experts: int) -> float:
 def check_experts(neurons: int, experts: int) -> None:
     """Raises `UserError` unless so many neurons can be divided into so many experts of one size."""
     require(2 <= experts <= neurons, f"experts={experts} must lie in 2..{neurons}, the neurons of the layer.")
-    below, above = (
-        next((n for n in numbers if neurons % n == 0), None)
-        for numbers in (range(experts, 1, -1), range(experts, neurons + 1))
-    )
-    near = " or ".join(str(n) for n in (below, above) if n)
     require(
         neurons % experts == 0,
-        f"experts={experts} does not divide the layer's {neurons} neurons, and experts are of one size; try {near}.",
+        f"experts={experts} does not divide the layer's {neurons} neurons, and experts are of one size; try "
+        f"{nearest_divisors(experts, neurons, 2)}.",
     )
 
 

@@ -14,10 +14,9 @@ import numpy as np
 
 from emo_jax.errors import require
 from emo_jax.model import ModelConfig, abstract_parameters
-from emo_jax.model.functional import initial_value
-from emo_jax.modularity.clustering import Coactivation, neuron_order
+from emo_jax.model.functional import LeafPath, initial_value, leaf_at, leaf_path
+from emo_jax.modularity.clustering import Coactivation, cohesion, neuron_order
 
-LeafPath = tuple[str, ...]
 Orders = dict[int, np.ndarray]
 """Of each split layer: which neuron of the dense layer stands at each place, int32 [F]."""
 
@@ -91,6 +90,7 @@ def neuron_orders(
     *,
     seed: int = 0,
     firing: dict[int, Coactivation] | None = None,
+    log: Callable[[str], None] = lambda text: None,
 ) -> Orders:
     """Which neurons make up which expert, in each split layer.
 
@@ -100,13 +100,17 @@ def neuron_orders(
       method: see `clustering.neuron_order`.
       seed: of clustering and of `random`.
       firing: of each layer, for `coactivation`.
+      log: receives what is found in each layer.
     """
     orders = {}
     for layer in config.split_layers:
         keys_FD = read(key_path(config, layer)).astype(np.float32).T
         own_seed = seed + layer if method == "random" else seed  # layers do not share a permutation
         together = None if firing is None else firing[layer]
-        orders[layer] = neuron_order(method, keys_FD, config.split_experts, firing=together, seed=own_seed)
+        order_F = neuron_order(method, keys_FD, config.split_experts, firing=together, seed=own_seed)
+        ours, any_two = (cohesion(keys_FD, order_F, groups) for groups in (config.split_experts, 1))
+        log(f"layer {layer}: mean cosine of two keys of an expert {ours:.3f}, of any two {any_two:.3f}")
+        orders[layer] = order_F
     return orders
 
 
@@ -162,7 +166,9 @@ def split(config: ModelConfig, params: Any, orders: Orders, seed: int = 0) -> An
       orders: from `neuron_orders`.
       seed: of a learned gate.
     """
-    made = jax.tree.map_with_path(lambda keys, leaf: split_leaf(config, _path(keys), np.asarray(leaf), orders), params)
+    made = jax.tree.map_with_path(
+        lambda keys, leaf: split_leaf(config, leaf_path(keys), np.asarray(leaf), orders), params
+    )
     for path, leaf in added_leaves(config, orders, seed):
         made["layers"][path[1]]["ffn"][path[-1]] = leaf
     return made
@@ -180,10 +186,8 @@ def merge(config: ModelConfig, params: Any) -> tuple[ModelConfig, Any]:
     orders = {i: np.asarray(params["layers"][f"{i:02d}"]["ffn"]["order"]) for i in config.split_layers}
 
     def put_back(keys: Any, abstract: Any) -> np.ndarray:
-        leaf: Any = params
-        for key in _path(keys):
-            leaf = leaf[key]
-        return merge_leaf(config, _path(keys), np.asarray(leaf), orders)
+        path = leaf_path(keys)
+        return merge_leaf(config, path, np.asarray(leaf_at(params, path)), orders)
 
     return dense, jax.tree.map_with_path(put_back, abstract_parameters(dense))
 
@@ -193,7 +197,3 @@ def _neurons(config: ModelConfig, path: LeafPath) -> int | None:
     if len(path) != 4 or path[2] != "ffn" or int(path[1]) not in config.split_layers:
         return None
     return _NEURON_AXIS.get(path[3])
-
-
-def _path(keys: Any) -> LeafPath:
-    return tuple(key.key for key in keys)

@@ -85,8 +85,7 @@ class Texts:
             sequence_length=self._length,
             batch_size=_BATCH,
             labels=self._model.config.labels,
-            label_at="last" if self._model.config.causal else "first",
-            special_tokens=not self._model.config.causal,
+            **self._model.config.label_fields,
         )
 
 

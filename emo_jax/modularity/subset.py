@@ -16,6 +16,7 @@ import numpy as np
 
 from emo_jax.errors import UserError, require, require_choice
 from emo_jax.model import Kept, ModelConfig
+from emo_jax.model.functional import LeafPath, leaf_at
 
 FORMAT_VERSION = 1
 OPERATIONS = ("union", "intersection", "difference")
@@ -112,16 +113,13 @@ def fingerprint(config: ModelConfig, params: Any) -> str:
         architecture += [config.split_layers, config.split_experts, config.split_top_k, config.split_gate]
     digest = hashlib.sha256(json.dumps(architecture).encode())
     for path in identifying_leaves(config):
-        leaf: Any = params
-        for key in path:
-            leaf = leaf[key]
-        digest.update(np.ascontiguousarray(jax.device_get(leaf), np.float32).tobytes())
+        digest.update(np.ascontiguousarray(jax.device_get(leaf_at(params, path)), np.float32).tobytes())
     return digest.hexdigest()[:16]
 
 
-def identifying_leaves(config: ModelConfig) -> list[tuple[str, ...]]:
+def identifying_leaves(config: ModelConfig) -> list[LeafPath]:
     """Paths of the parameters that a fingerprint is made of."""
-    paths: list[tuple[str, ...]] = []
+    paths: list[LeafPath] = []
     for layer, experts in enumerate(config.layer_experts):
         here = ("layers", f"{layer:02d}")
         if experts:

@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from emo_jax.errors import require
+from emo_jax.errors import nearest_divisors, require
 from emo_jax.parallel.config import AXES, MeshConfig
 
 ROW_AXES = ("data", "fsdp", "expert")
@@ -115,13 +115,8 @@ def _check_tokens(
     require(
         tokens % config.chunks == 0,
         f"mesh.chunks={config.chunks} does not divide the {tokens} tokens of a device; "
-        f"try {_nearest_divisors(config.chunks, tokens)}.",
+        f"try {nearest_divisors(config.chunks, tokens)}.",
     )
-
-
-def _nearest_divisors(n: int, total: int) -> str:
-    below, above = ([d for d in some if total % d == 0] for some in (range(n, 0, -1), range(n, total + 1)))
-    return " or ".join(str(found[0]) for found in (below, above) if found)
 
 
 def arrange(devices: Sequence[Any], sizes: dict[str, int]) -> np.ndarray:

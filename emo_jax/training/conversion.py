@@ -30,14 +30,14 @@ from emo_jax.interop import (
     write_folder,
 )
 from emo_jax.interop.huggingface import CONFIG_FILE, read_json
-from emo_jax.interop.tensors import leaf_shapes
 from emo_jax.model import ModelConfig
+from emo_jax.model.functional import LeafPath, leaf_shapes
 from emo_jax.modularity import Subset
 from emo_jax.training.checkpoints import DamagedError, check, checksums, first_line
 from emo_jax.training.weights import (
+    LEFT_OUT,
     POOLER,
     SOURCE,
-    LeafPath,
     Saving,
     Stored,
     end_of_text,
@@ -49,7 +49,6 @@ from emo_jax.training.weights import (
 DTYPES = ("float32", "bfloat16", "float16")
 """That tensors can be exported in."""
 
-_LEFT_OUT = "left_out"
 _OTHERS = ("a", "b")
 """Any labels: an encoder with some has a pooler."""
 _VOCABULARY_AXIS: dict[LeafPath, int] = {("embedding",): 0, ("head",): 1}
@@ -115,7 +114,7 @@ def import_folder(
     """
     source, target = Path(source), Path(target)
     require(
-        _is_published(source),
+        is_published(source),
         f"{source} is a run directory or saved model, not a Hugging Face folder; to make it one, give --to_hf.",
     )
     require_new(target)
@@ -133,7 +132,7 @@ def import_folder(
     if rows != config.vocab_size:
         change = "cropped to" if rows < config.vocab_size else "padded with zeros to"
         log(f"The vocabulary's {config.vocab_size} rows are {change} {rows}.")
-    left_out = saving.making / SOURCE / _LEFT_OUT
+    left_out = saving.making / SOURCE / LEFT_OUT
     left_out.mkdir(parents=True, exist_ok=True)
     progress(done, total)
     for path, leaf in read_leaves(source, config, kept, skip=saving.done):
@@ -149,7 +148,7 @@ def import_folder(
     copy_small_files(source, saving.making / SOURCE)
     data = DataConfig(end_of_text=end_of_text(source) if tokenizer else "")
     model = dataclasses.replace(config if kept is None else config.cut(kept), vocab_size=rows)
-    meta = {"vocabulary_rows": config.vocab_size, _LEFT_OUT: checksums(_left_out(left_out))}
+    meta = {"vocabulary_rows": config.vocab_size, LEFT_OUT: checksums(_left_out(left_out))}
     saving.finish(Config(model=model, pool=PoolConfig(kind="none"), data=data), tokenizer, **meta)
 
 
@@ -173,7 +172,7 @@ def export_folder(
     if dtype:
         require_choice("dtype", dtype, DTYPES)
     require_new(target)
-    origin = (_published if _is_published(source) else _saved)(source, _kept(source, subset))
+    origin = (published_origin if is_published(source) else _saved)(source, _kept(source, subset))
     sizes = {path: _bytes(leaf, dtype) for path, leaf in origin.leaves.items()}
     done, total = 0, sum(sizes.values())
     _require_space(target, total)
@@ -197,7 +196,7 @@ def export_folder(
     progress(total, total)
 
 
-class _Origin(NamedTuple):
+class Origin(NamedTuple):
     """What is exported.
 
     Attributes:
@@ -219,7 +218,7 @@ class _Origin(NamedTuple):
     context_length: int = 4096
 
 
-def _published(source: Path, kept: Kept) -> _Origin:
+def published_origin(source: Path, kept: Kept) -> Origin:
     """A Hugging Face folder."""
     config = read_config(source)
     leaves = abstract_leaves(source, config, kept)
@@ -229,22 +228,22 @@ def _published(source: Path, kept: Kept) -> _Origin:
         return leaf
 
     cut = config if kept is None else config.cut(kept)
-    return _Origin(cut, leaves, read, source, read_unrouted(source, config))
+    return Origin(cut, leaves, read, source, read_unrouted(source, config))
 
 
-def _saved(source: Path, kept: Kept) -> _Origin:
+def _saved(source: Path, kept: Kept) -> Origin:
     """A run directory or saved model; its vocabulary has as many rows as that of the folder it came from, if any."""
     stored = Stored(source)
     run, meta = stored.config, stored.meta
     rows = meta.get("vocabulary_rows", run.model.vocab_size)
     left_out = {}
-    if _LEFT_OUT in meta:
-        folder = source / SOURCE / _LEFT_OUT
+    if LEFT_OUT in meta:
+        folder = source / SOURCE / LEFT_OUT
         with stored.damage_in_words():
             left_out = _left_out(folder)
-            if left_out.keys() != meta[_LEFT_OUT].keys():
+            if left_out.keys() != meta[LEFT_OUT].keys():
                 raise DamagedError(f"{folder} does not hold what was put there")
-            check(left_out, meta[_LEFT_OUT])
+            check(left_out, meta[LEFT_OUT])
 
     def read(path: LeafPath) -> np.ndarray:
         leaf = stored.read(path, kept)
@@ -258,7 +257,7 @@ def _saved(source: Path, kept: Kept) -> _Origin:
     cut = run.model if kept is None else run.model.cut(kept)
     tokenizer = _tokenizer(source)
     end = Tokenizer.from_file(str(tokenizer)).token_to_id(run.data.end_of_text) if tokenizer else None
-    return _Origin(
+    return Origin(
         config=dataclasses.replace(cut, vocab_size=rows),
         leaves=stored.abstract_leaves(kept),
         read=read,
@@ -269,7 +268,8 @@ def _saved(source: Path, kept: Kept) -> _Origin:
     )
 
 
-def _is_published(folder: Path) -> bool:
+def is_published(folder: Path) -> bool:
+    """Whether a folder is of Hugging Face's format; raises `UserError` where it holds no model."""
     require((folder / CONFIG_FILE).is_file(), f"{folder} has no {CONFIG_FILE}: it holds no model.")
     return "model_type" in read_json(folder / CONFIG_FILE)
 
@@ -343,7 +343,7 @@ def keep_pooler(source: Path, config: ModelConfig, left_out: Path) -> dict[str, 
     skip = set(leaf_shapes(labelled)) - (paths - missing_leaves(source, labelled))
     left_out.mkdir(parents=True, exist_ok=True)
     _keep({path[0]: leaf for path, leaf in read_leaves(source, labelled, skip=skip)}, left_out / POOLER)
-    return {_LEFT_OUT: checksums(_left_out(left_out))}
+    return {LEFT_OUT: checksums(_left_out(left_out))}
 
 
 def _keep(arrays: dict[str, np.ndarray], file: Path) -> None:

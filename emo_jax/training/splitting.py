@@ -4,9 +4,9 @@ A split model keeps what its origin's Hugging Face folder has beside parameters 
 so what is merged again can be exported as if it had never been split.
 """
 
-import dataclasses
+import functools
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,13 +14,14 @@ import jax
 import numpy as np
 
 from emo_jax.config import Config, DataConfig, PoolConfig
-from emo_jax.errors import require, require_choice
-from emo_jax.interop import abstract_leaves, copy_small_files, read_config, read_leaves, require_new
-from emo_jax.interop.huggingface import CONFIG_FILE, read_json
+from emo_jax.errors import require_choice
+from emo_jax.interop import copy_small_files, read_config, require_new
+from emo_jax.interop.huggingface import CONFIG_FILE
 from emo_jax.model import ModelConfig
+from emo_jax.model.functional import LeafPath, leaf_shapes
 from emo_jax.modularity import clustering, emergent
-from emo_jax.training.conversion import Progress, keep_pooler, silent
-from emo_jax.training.weights import SOURCE, LeafPath, Saving, Stored, end_of_text, published_folder
+from emo_jax.training.conversion import Progress, is_published, keep_pooler, published_origin, silent
+from emo_jax.training.weights import LEFT_OUT, SOURCE, Saving, Stored, end_of_text, published_folder
 
 
 class _Model(NamedTuple):
@@ -80,20 +81,9 @@ def split_folder(
         layer_words = ", ".join(map(str, config.split_layers))
         log(f"Grouping the {config.d_dense} neurons of layer {layer_words} ({method}) ...")
         found = firing(config.split_layers) if firing is not None and method == "coactivation" else None
-        orders = emergent.neuron_orders(config, model.read, method, seed=seed, firing=found)
-        for layer, order in orders.items():
-            keys_FD = model.read(emergent.key_path(config, layer)).astype(np.float32).T
-            ours, any_two = (clustering.cohesion(keys_FD, order, groups) for groups in (experts, 1))
-            log(f"layer {layer}: mean cosine of two keys of an expert {ours:.3f}, of any two {any_two:.3f}")
+        orders = emergent.neuron_orders(config, model.read, method, seed=seed, firing=found, log=log)
     saving = Saving(target)
-    total = sum(leaf.size * leaf.dtype.itemsize for leaf in model.leaves.values())
-    done = 0
-    for path in model.leaves:
-        leaf = model.read(path)
-        saving.add(path, emergent.split_leaf(config, path, leaf, orders))
-        done += leaf.nbytes
-        del leaf
-        progress(done, total)
+    _write(saving, model, model.leaves, functools.partial(emergent.split_leaf, config, orders=orders), progress)
     for path, leaf in emergent.added_leaves(config, orders, seed):
         saving.add(path, leaf)
     _finish(source, saving, config, model.meta)
@@ -109,33 +99,35 @@ def merge_folder(source: Path, target: Path, *, progress: Progress = silent) -> 
     model = _read(source)
     config = emergent.merged_config(model.config)
     orders = {layer: model.read(("layers", f"{layer:02d}", "ffn", "order")) for layer in model.config.split_layers}
-    split_only = {path for path, _ in emergent.added_leaves(model.config, orders)}
-    saving = Saving(target)
-    leaves = {path: leaf for path, leaf in model.leaves.items() if path not in split_only}
-    total, done = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves.values()), 0
-    for path in leaves:
-        leaf = emergent.merge_leaf(model.config, path, model.read(path), orders)
-        saving.add(path, np.ascontiguousarray(leaf))
-        done += leaf.nbytes
-        del leaf
-        progress(done, total)
+    saving, parameters = Saving(target), leaf_shapes(config)
+    dense = [path for path in model.leaves if path in parameters]
+    _write(saving, model, dense, functools.partial(emergent.merge_leaf, model.config, orders=orders), progress)
     _finish(source, saving, config, model.meta)
 
 
+def _write(
+    saving: Saving,
+    model: _Model,
+    paths: Collection[LeafPath],
+    change: Callable[[LeafPath, np.ndarray], np.ndarray],
+    progress: Progress,
+) -> None:
+    """Parameters of a model, changed, one at a time."""
+    total, done = sum(model.leaves[path].size * model.leaves[path].dtype.itemsize for path in paths), 0
+    for path in paths:
+        leaf = model.read(path)
+        done += leaf.nbytes
+        saving.add(path, np.ascontiguousarray(change(path, leaf)))
+        del leaf
+        progress(done, total)
+
+
 def _read(source: Path) -> _Model:
-    require((source / CONFIG_FILE).is_file(), f"{source} has no {CONFIG_FILE}: it holds no model.")
-    if "model_type" in read_json(source / CONFIG_FILE):
-        config = read_config(source)
-        leaves = abstract_leaves(source, config)
-
-        def read(path: LeafPath) -> np.ndarray:
-            ((_, leaf),) = read_leaves(source, config, skip=leaves.keys() - {path})
-            return leaf
-
-        return _Model(config, leaves, read, {})
+    if is_published(source):
+        origin = published_origin(source, None)
+        return _Model(origin.config, origin.leaves, origin.read, {})
     stored = Stored(source)
-    meta = {name: value for name, value in stored.meta.items() if name not in ("format_version", "checksums")}
-    kept: dict[str, Any] = {name: meta[name] for name in ("vocabulary_rows", "left_out") if name in meta}
+    kept: dict[str, Any] = {name: stored.meta[name] for name in ("vocabulary_rows", LEFT_OUT) if name in stored.meta}
     return _Model(stored.config.model, stored.abstract_leaves(), stored.read, kept)
 
 
@@ -150,7 +142,7 @@ def _finish(source: Path, saving: Saving, config: ModelConfig, meta: dict[str, A
         shutil.copyfile(published / CONFIG_FILE, saving.making / SOURCE / CONFIG_FILE)
         copy_small_files(published, saving.making / SOURCE)
         if published == source:
-            meta = meta | keep_pooler(source, read_config(source), saving.making / SOURCE / "left_out")
+            meta = meta | keep_pooler(source, read_config(source), saving.making / SOURCE / LEFT_OUT)
     data = DataConfig(end_of_text=end_of_text(source) if tokenizer.is_file() else "")
-    run = Config(model=dataclasses.replace(config), pool=PoolConfig(kind="none"), data=data)
+    run = Config(model=config, pool=PoolConfig(kind="none"), data=data)
     saving.finish(run, tokenizer if tokenizer.is_file() else None, **meta)

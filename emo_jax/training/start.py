@@ -1,8 +1,6 @@
 """Where does a run's first state come from? Random weights, other weights, or another run's state."""
 
 import dataclasses
-import functools
-import operator
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -18,7 +16,7 @@ from emo_jax.data.tokenizer import load_tokenizer
 from emo_jax.errors import require
 from emo_jax.interop.huggingface import CONFIG_FILE, read_json
 from emo_jax.model import ModelConfig, abstract_parameters, mixture_layers
-from emo_jax.model.functional import initial_value
+from emo_jax.model.functional import initial_value, leaf_at
 from emo_jax.training.checkpoints import check_same_run, same_run, saved_steps
 from emo_jax.training.weights import saved_model, saved_parameters
 
@@ -212,7 +210,7 @@ def initial_parameters(config: Config, shardings: Any) -> Any:
 
     def place(path: Any, abstract: jax.ShapeDtypeStruct, sharding: Any) -> jax.Array:
         names = [key.key for key in path]
-        parent = functools.reduce(operator.getitem, names[:-1], params)
+        parent = leaf_at(params, tuple(names[:-1]))
         if names[-1] not in parent:  # of a head
             return jax.device_put(initial_value(names[-1], abstract, config.model.init_std, rng), sharding)
         leaf = parent.pop(names[-1]).astype(abstract.dtype)  # one array at a time is there twice

@@ -6,9 +6,7 @@ time, through tensorstore, the store below it, in the layout that Orbax reads.
 
 import contextlib
 import dataclasses
-import functools
 import json
-import operator
 import os
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -26,8 +24,9 @@ from tokenizers import Tokenizer
 from emo_jax.config import Config
 from emo_jax.errors import UserError, require
 from emo_jax.interop import missing_leaves, read_config, read_leaves, read_routers, require_new
-from emo_jax.interop.huggingface import CONFIG_FILE, leaf_shapes, read_json
+from emo_jax.interop.huggingface import CONFIG_FILE, read_json
 from emo_jax.model import ModelConfig, abstract_parameters, mixture_layers
+from emo_jax.model.functional import LeafPath, leaf_at, leaf_path, leaf_shapes
 from emo_jax.modularity import fingerprint
 from emo_jax.modularity.subset import identifying_leaves
 from emo_jax.training.checkpoints import (
@@ -42,14 +41,14 @@ from emo_jax.training.checkpoints import (
     saved_steps,
 )
 
-LeafPath = tuple[str, ...]
-"""Of a parameter, such as ("layers", "00", "moe", "router")."""
-
 SOURCE = "source"
 """Folder in a saved model for what the Hugging Face folder it came from has beside parameters."""
 
+LEFT_OUT = "left_out"
+"""Folder in `source` for arrays of it that are no parameters of the model, and the key of their checksums in `meta`."""
+
 POOLER = "pooler.safetensors"
-"""File in its folder `left_out` with the pooler of an encoder without labels."""
+"""File there with the pooler of an encoder without labels."""
 
 _CHUNK_BYTES = 2**23
 """Of leaves that are not experts apart."""
@@ -233,7 +232,7 @@ def saved_parameters(
         missing = missing_leaves(folder, config) if made else ()
         return _placed(read_leaves(folder, config, kept, skip=missing), shardings)
     params = load_parameters(folder, shardings, kept, [("head",)] if made else ())[1]
-    pooler = folder / SOURCE / "left_out" / POOLER
+    pooler = folder / SOURCE / LEFT_OUT / POOLER
     if made and not config.causal and pooler.is_file():
         params |= _placed((((name,), leaf) for name, leaf in load_file(pooler).items()), shardings)
     return params
@@ -292,7 +291,7 @@ def save_model(folder: Path, config: Config, params: Any, tokenizer: Path | None
     """
     saving = Saving(folder)
     for keys, leaf in jax.tree.leaves_with_path(params):
-        saving.add(_path(keys), np.asarray(leaf))
+        saving.add(leaf_path(keys), np.asarray(leaf))
     saving.finish(config, tokenizer)
 
 
@@ -424,7 +423,7 @@ def _placed(leaves: Iterable[tuple[LeafPath, np.ndarray]], shardings: Any) -> di
     default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     params: dict[str, Any] = {}
     for path, leaf in leaves:
-        sharding = default if shardings is None else functools.reduce(operator.getitem, path, shardings)
+        sharding = default if shardings is None else leaf_at(shardings, path)
         placed = jax.make_array_from_callback(leaf.shape, sharding, leaf.__getitem__)
         _put(params, path, placed.block_until_ready())
         del leaf, placed
@@ -458,10 +457,6 @@ def _blocks(length: int, chunk: int, row_bytes: int) -> Iterator[slice]:
     """Rows in blocks of whole chunks."""
     rows = chunk * max(_BLOCK_BYTES // max(chunk * row_bytes, 1), 1)
     return (slice(start, min(start + rows, length)) for start in range(0, length, rows))
-
-
-def _path(keys: tuple) -> LeafPath:
-    return tuple(key.key for key in keys)
 
 
 def _nested(name: str, leaf: np.ndarray) -> Any:
