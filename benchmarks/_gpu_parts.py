@@ -70,8 +70,7 @@ MOST_REPEATED_GB = 60
 def kernels(size: Size, report: Any, args: argparse.Namespace) -> None:
     """Copy bandwidth, rows to slots and back, routed experts; our kernels against the reference first."""
     report("0 all", versions(), interpreted=INTERPRET)
-    for dtype in ("float32", "bfloat16"):
-        report.attempt("0 check", f"largest relative error, {dtype}", functools.partial(agree, dtype))
+    report.attempt("0 check", "largest relative error, bfloat16", functools.partial(agree, "bfloat16"))
     x = normal(0, size["copied"])
     copy_gbs = 2 * x.nbytes / 1e6 / ms(jax.jit(jnp.negative), x, calls=5)
     report("1 copy", f"{x.nbytes / 1e9:.2f} GB there and back", gb_s=copy_gbs)
@@ -93,6 +92,7 @@ def kernels(size: Size, report: Any, args: argparse.Namespace) -> None:
         flags.insert(0, ("tokamax", {}))
     for name, options in flags:
         by_name(size, weights, name, options, report)
+    report.attempt("0 check", "largest relative error, float32", functools.partial(agree, "float32"))
 
 
 def blocked(size: Size, report: Any, args: argparse.Namespace) -> None:
@@ -133,13 +133,10 @@ def agree(dtype: str) -> Facts:
         indices = np.argsort(-likes, 1)[:, :taken].astype(np.int32)
         indices[rng.random(tokens) < 0.2] = experts  # no expert
         arrays = (x, weight_TC, *weights, cotangent)
-        with jax.default_matmul_precision("highest"):
-            pairs = zip(
-                jax.tree.leaves(ours(indices, *arrays)),
-                jax.tree.leaves(exact(indices, *(a.astype(jnp.float32) for a in arrays))),
-                strict=True,
-            )
-            errors = [jnp.abs(a.astype(jnp.float32) - b).max() / jnp.abs(b).max() for a, b in pairs]
+        with jax.default_matmul_precision("highest"):  # not ours, which would compile 3.5 times as long
+            want = exact(indices, *(a.astype(jnp.float32) for a in arrays))
+        pairs = zip(jax.tree.leaves(ours(indices, *arrays)), jax.tree.leaves(want), strict=True)
+        errors = [jnp.abs(a.astype(jnp.float32) - b).max() / jnp.abs(b).max() for a, b in pairs]
         found[pattern] = float(jnp.stack(errors).max())  # NaN, if any is
     return found
 

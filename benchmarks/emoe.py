@@ -1,9 +1,12 @@
-"""Does opening up a dense model help? `python benchmarks/emoe.py --corpus=DIR [--parts=speed,tuning,bridge]`.
+"""Does opening up a dense model help? `python benchmarks/emoe.py --corpus=DIR [--parts=speed,layer,tuning,bridge]`.
 
 DIR holds train.jsonl.gz and heldout.jsonl.gz, documents with a domain. Finished runs and measurements are kept in
 --out, so the command can be stopped and started again. Numbers are means over seeds with their range.
 
 speed: a training step of a dense model and of the same one with split layers, turn by turn, and the FLOPs of the gate.
+
+layer: one layer forward and backward: dense, with its blocks masked (what emo_jax does), and with its blocks as
+dispatched experts; --layer=WIDTH,HIDDEN,TOKENS in --dtype.
 
 tuning: a dense model is pretrained on some domains and fine-tuned on others, split in different ways (arXiv
 2310.10908). Every arm has the same data, steps and learning rate, the best for the dense arm. Losses are of test
@@ -30,7 +33,7 @@ import jax
 import jax.numpy as jnp
 import modularity
 import numpy as np
-from _timing import median_ms
+from _timing import median_ms, versions
 from modularity import CALIBRATION_DOCUMENTS, cell, documents, run_folder, test_batches
 
 from emo_jax.config import BalanceConfig, Config, ModelConfig, PoolConfig
@@ -366,17 +369,18 @@ def speed(args: argparse.Namespace) -> str:
     for name, seconds in times.items():
         ratio = float(np.median(np.array(seconds) / np.array(times["dense"])))
         lines.append(f"| {name} | {1e3 * np.median(seconds):.0f} | {ratio:.3f} | {flops[name] / flops['dense']:.4f} |")
-    return "\n".join([*lines, "", dispatched()])
+    return "\n".join(lines)
 
 
-def dispatched(width: int = 512, hidden: int = 2048, experts: int = 64, choices: int = 16, tokens: int = 1024) -> str:
-    """One layer forward and backward: dense, with its blocks masked, and with its blocks as dispatched experts."""
+def layer(args: argparse.Namespace) -> str:
+    """Times of a layer's three forms, which must agree."""
     from emo_jax.kernels.experts import routed_experts
 
+    width, hidden, tokens = map(int, args.layer.split(","))
+    experts, choices, size = 64, 16, hidden // 64
     draw = functools.partial(np.random.default_rng(0).standard_normal, dtype=np.float32)
-    x, gate, up = draw((tokens, width)), draw((width, hidden)), draw((width, hidden))
-    down = draw((hidden, width))
-    size = hidden // experts
+    shapes = ((tokens, width), (width, hidden), (width, hidden), (hidden, width))
+    arguments = [jnp.asarray(draw(shape) * shape[0] ** -0.5, args.dtype) for shape in shapes]
 
     def choose(x, gate):
         return jax.lax.top_k(x @ jax.lax.stop_gradient(gate).reshape(width, experts, size).mean(-1), choices)[1]
@@ -385,7 +389,7 @@ def dispatched(width: int = 512, hidden: int = 2048, experts: int = 64, choices:
         return (jax.nn.silu(x @ gate) * (x @ up)) @ down
 
     def masked(x, gate, up, down):
-        mask = jax.nn.one_hot(choose(x, gate), experts).sum(1)
+        mask = jax.nn.one_hot(choose(x, gate), experts, dtype=x.dtype).sum(1)
         hidden_act = jax.nn.silu(x @ gate) * (x @ up)
         return (hidden_act.reshape(tokens, experts, size) * mask[..., None]).reshape(tokens, hidden) @ down
 
@@ -394,16 +398,18 @@ def dispatched(width: int = 512, hidden: int = 2048, experts: int = 64, choices:
         ones = jnp.ones((tokens, choices))
         return routed_experts(x, choose(x, gate), ones, *blocks, down.reshape(experts, size, width))
 
-    arguments = tuple(map(jnp.asarray, (x, gate, up, down)))
-    want = np.asarray(masked(*arguments))
-    error = float(np.abs(np.asarray(by_dispatch(*arguments)) - want).max() / np.abs(want).max())
-    times = [
-        median_ms(jax.jit(jax.grad(lambda *a, fn=fn: jnp.square(fn(*a)).sum(), (0, 1, 2, 3))), *arguments)
-        for fn in (dense, masked, by_dispatch)
-    ]
-    words = f"A layer of {width} × {hidden}, {tokens} tokens, {choices} of {experts} experts, forward and backward: "
-    words += "dense {:.0f} ms, masked {:.0f}, dispatched {:.0f}".format(*times)
-    return f"{words} (they differ by {error:.0e})."
+    want = np.asarray(jax.jit(masked)(*arguments), np.float32)
+    lines = [f"{versions()}, {width} × {hidden}, {tokens} tokens, {choices} of {experts} experts, {args.dtype}", ""]
+    lines += ["| layer, forward and backward | ms | largest difference |", "|" + "---|" * 3]
+    for name, fn in (("dense", dense), ("masked", masked), ("dispatched", by_dispatch)):
+        try:
+            took = median_ms(jax.jit(jax.grad(lambda *a, fn=fn: jnp.square(fn(*a)).sum(), (0, 1, 2, 3))), *arguments)
+        except jax.errors.JaxRuntimeError as failure:
+            lines.append(f"| {name} | {str(failure)[:60]} | |")
+            continue
+        error = np.abs(np.asarray(jax.jit(fn)(*arguments), np.float32) - want).max() / np.abs(want).max()
+        lines.append(f"| {name} | {took:.2f} | {'' if name == 'dense' else f'{error:.0e}'} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -411,21 +417,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--corpus", type=Path, help="folder of the texts")
     parser.add_argument("--out", type=Path, default=Path("runs/emoe"))
-    parser.add_argument("--parts", default="speed,tuning,bridge")
+    parser.add_argument("--parts", default="speed,layer,tuning,bridge")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=500, help="of pretraining, 4096 tokens each")
     parser.add_argument("--tuning_steps", type=int, default=80)
     parser.add_argument("--arms", default=";".join(ARMS), help="of the tuning, separated by ;")
     parser.add_argument("--repeats", type=int, default=15, help="of a timed step")
+    parser.add_argument("--layer", default="512,2048,1024", help="the timed layer")
+    parser.add_argument("--dtype", default="float32", help="its dtype")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     for part in args.parts.split(","):
-        if part != "speed":
+        if part in ("tuning", "bridge"):
             if args.corpus is None:
                 print(f"{part} needs texts of labelled domains: --corpus=DIR with train.jsonl.gz and heldout.jsonl.gz.")
                 continue
             write_texts(args.corpus, args.out)
-        table = {"speed": speed, "tuning": tuning, "bridge": bridge}[part](args)
+        table = {"speed": speed, "layer": layer, "tuning": tuning, "bridge": bridge}[part](args)
         (args.out / f"{part}.md").write_text(table + "\n")
         print(f"\n{table}\n", flush=True)
 
