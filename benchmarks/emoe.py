@@ -46,7 +46,7 @@ TEST_DOCUMENTS = 20
 BLOCKS = 32  # of neurons in the bridge
 KEEPS = (16, 8, 4)
 CRITERIA = ("easy_ep", "router_mass")
-RATES = (3e-4, 1e-3, 3e-3)
+RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 
 LAST_TWO = {"layers": (2, 3), "experts": 64, "top_k": 16}
 ARMS: dict[str, dict[str, Any]] = {

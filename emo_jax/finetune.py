@@ -23,6 +23,8 @@ from emo_jax.config import BalanceConfig, Config, DataConfig, ModelConfig, Optim
 from emo_jax.errors import require, require_choice
 
 TRAINED = ("all", "subset", "new")
+ROW_UNIT = 128
+"""Rows are a multiple of so many tokens, as kernels of attention want them, where `data.sequence_length` is not set."""
 
 
 def recipe() -> Config:
@@ -145,12 +147,16 @@ def _with_labels(model: ModelConfig) -> ModelConfig:
 
 
 def _fill_in_steps(config: Config, run_dir: Path) -> Any:
-    """Tokenizes the examples, and sets the length of the run in steps; returns the store."""
+    """Tokenizes the examples, and sets the length of rows and of the run in steps; returns the store."""
     from emo_jax.data import count_train_rows, prepare_store
 
     config.data.validate()
     data = dataclasses.replace(config.data, tokenizer=config.tokenizer())
     store = prepare_store(data, config.model.vocab_size, config.data.cache_dir or run_dir / "data", print)
+    if data.source == "examples" and data.max_documents == 1 and "config.data.sequence_length" not in flags.FLAGS:
+        unit = ROW_UNIT * max(config.mesh.context, 1)
+        data.sequence_length = min(data.sequence_length, -(-store.longest // unit) * unit)
+        config.data.sequence_length = data.sequence_length
     config.train.steps = math.ceil(_EPOCHS.value * count_train_rows(store, data) / data.batch_size)
     config.optimizer.warmup_steps = int(_WARMUP.value * config.train.steps)
     config.train.checkpoint_every = min(config.train.checkpoint_every, config.train.steps)

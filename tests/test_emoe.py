@@ -98,6 +98,8 @@ def test_a_split_model_is_fine_tuned_with_lora_cut_evaluated_and_merged(folder, 
                     "--config.optimizer.lora_rank=2", "--config.optimizer.learning_rate=0.05",
                     "--config.balance.kind=importance", "--config.balance.gate_noise=1.0", "--epochs=3")  # fmt: skip
     assert done.returncode == 0, done.stderr
+    model = emo_jax.load(folder / "run").config  # LoRA of rank 2: queries and values of two layers
+    assert f"{2 * 2 * 2 * (model.d_model + model.num_heads * model.head_dim)} trained;" in done.stdout
     results = json.loads((tmp_path / "tuned" / "finetune.json").read_text())
     assert results["after"]["loss"] < results["before"]["loss"] - 0.02
     line = json.loads((tmp_path / "tuned" / "metrics.jsonl").read_text().splitlines()[-1])

@@ -16,6 +16,7 @@ from emo_jax.data import examples_by_domain
 from emo_jax.errors import UserError
 from emo_jax.modularity import Subset, SubsetLosses, fingerprint
 from emo_jax.training import train
+from emo_jax.training.conversion import export_folder
 from emo_jax.training.weights import load_parameters
 from tests.interop.goldens import GOLDEN, needs_golden
 from tests.mains import run_main, small_run
@@ -69,6 +70,23 @@ def test_a_whole_model_learns_the_answers_and_a_second_command_has_nothing_left_
     again = finetune(folder, tmp_path / "tuned", "--epochs=2")
     assert again.returncode == 0, again.stderr
     assert json.loads((tmp_path / "tuned" / "finetune.json").read_text()) == results
+    export_folder(tmp_path / "tuned", tmp_path / "published")  # for texts as long as the run's that it started from
+    published = json.loads((tmp_path / "published" / "config.json").read_text())
+    assert published["max_position_embeddings"] == 32 > config.data.sequence_length
+
+
+def test_rows_are_as_long_as_the_longest_text_needs_also_where_texts_are_labelled(folder, tmp_path):
+    lines = [{"text": f"{WORDS[i % 9]} " * (1 + i % 30), "label": WORDS[i % 9]} for i in range(120)]
+    (tmp_path / "labelled.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    flags = [f"--model={folder / 'run'}", f"--data={tmp_path / 'labelled.jsonl'}", "--classify"]
+    flags += [f"--workdir={tmp_path / 'tuned'}", "--config.data.batch_size=16"]
+    done = run_main("finetune", *flags)
+    assert done.returncode == 0, done.stderr
+    longest = int(np.diff(np.load(tmp_path / "tuned" / "data" / "train_offsets.npy")).max())
+    length = -(-longest // 128) * 128
+    assert length < 1024 and f"of {length} tokens, best_fit" in done.stdout
+    again = run_main("finetune", *flags)
+    assert again.returncode == 0, again.stderr
 
 
 def test_a_subset_is_trained_as_the_model_cut_to_it(folder, tmp_path):

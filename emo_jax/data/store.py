@@ -102,6 +102,12 @@ class TokenStore:
         return [tuple(part) for part in self.manifest.get("parts", [["", 0, len(self.train)]])]
 
     @property
+    def longest(self) -> int:
+        """Tokens of the longest document of both sides, where the store is no prepared folder."""
+        assert isinstance(self.train, Split)
+        return int(max(np.diff(split.offsets).max(initial=0) for split in (self.train, self.heldout)))
+
+    @property
     def fingerprint(self) -> str:
         """sha256 over both token files, and the labels: equal for equal tokens in an equal order."""
         return self.manifest["fingerprint"]
@@ -194,7 +200,10 @@ def prepare_store(
             return build_store(config, vocab_size, directory, log)
     store = open_store(directory)
     made_with = _settings(DataConfig(), vocab_size) | store.manifest["settings"]  # an older store lacks newer fields
-    for name, value in _settings(config, vocab_size).items():
+    asked = _settings(config, vocab_size)
+    if config.labels and store.longest < made_with["sequence_length"] and store.longest <= asked["sequence_length"]:
+        asked["sequence_length"] = made_with["sequence_length"]  # neither cuts a text
+    for name, value in asked.items():
         if made_with.get(name) != value:
             field = "model.vocab_size" if name == "vocab_size" else f"data.{name}"
             raise UserError(

@@ -264,8 +264,17 @@ def _saved(source: Path, kept: Kept) -> Origin:
         folder=published_folder(source),
         unrouted={name: rows for name, rows in left_out.items() if (name,) not in _VOCABULARY_AXIS},
         end_of_text_id=-1 if end is None else end,
-        context_length=run.data.sequence_length,
+        context_length=_trained_length(run),
     )
+
+
+def _trained_length(run: Config) -> int:
+    """The longest rows that a run was trained on, or those that it started from, as far as these are still there."""
+    origin = Path(run.train.init_from) / CONFIG_FILE
+    earlier = 0
+    if run.train.init_from and origin.is_file() and not is_published(origin.parent):
+        earlier = _trained_length(Config.from_json(origin.read_text()))
+    return max(run.data.sequence_length, earlier)
 
 
 def is_published(folder: Path) -> bool:

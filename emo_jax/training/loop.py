@@ -13,6 +13,7 @@ from typing import Any
 
 import grain
 import jax
+import optax
 from jax.sharding import Mesh
 
 from emo_jax.analysis import domain_structure, human, write_report
@@ -29,7 +30,7 @@ from emo_jax.training.checkpoints import Checkpoints, same_run, saved_steps
 from emo_jax.training.metrics import MetricsLog, Progress, check_wandb, to_numbers
 from emo_jax.training.run_directory import RunDirectory
 from emo_jax.training.start import check_origin, continue_run, initial_parameters
-from emo_jax.training.step import TrainState, init_state, make_train_step, run_mesh, state_shardings
+from emo_jax.training.step import TrainState, abstract_state, init_state, make_train_step, run_mesh, state_shardings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -395,9 +396,13 @@ def _signals() -> Iterator[Callable[[int], int]]:
 def _summary(config: Config, store: TokenStore, mesh: Mesh) -> str:
     tokens = len(store.train.tokens)
     needed = config.train.steps * config.data.batch_size * config.data.sequence_length
+    part = ""
+    if config.optimizer.lora_rank or config.optimizer.trainable_experts:
+        moments = optax.tree.get(abstract_state(config, mesh).opt_state, "mu")  # LoRA's are of its factors
+        part = f", {human(sum(leaf.size for leaf in jax.tree.leaves(moments)))} trained"
     return (
         f"Model: {human(total_parameters(config.model))} parameters, {human(active_parameters(config.model))} active "
-        f"per token; pool: {config.pool.kind}.\n"
+        f"per token{part}; pool: {config.pool.kind}.\n"
         f"Data: {human(tokens)} training tokens in {len(store.domains)} domains; "
         f"{human(needed)} tokens in {config.train.steps} steps ({needed / max(tokens, 1):.2g} epochs).\n"
         f"Devices: {mesh.size} × {mesh.devices.flat[0].device_kind}."

@@ -175,6 +175,15 @@ def test_settings_that_shape_the_tokens_of_labelled_texts_must_agree(labelled, t
     ):
         with pytest.raises(UserError, match=words):
             prepare_store(dataclasses.replace(labelled, **change), 400, tmp_path / "store")
+    whole = dataclasses.replace(labelled, sequence_length=1000)  # where no text was cut, and none would be, any will do
+    uncut = prepare_store(whole, 400, tmp_path / "uncut")
+    assert LENGTH < uncut.longest < 1000
+    fits = dataclasses.replace(labelled, sequence_length=uncut.longest)
+    assert prepare_store(fits, 400, tmp_path / "uncut").fingerprint == uncut.fingerprint
+    assert build_store(fits, 400, tmp_path / "exact").fingerprint == uncut.fingerprint
+    for asked, name in ((uncut.longest - 1, "uncut"), (1000, "exact")):
+        with pytest.raises(UserError, match=rf"data\.sequence_length=\d+, this run asks for {asked}"):
+            prepare_store(dataclasses.replace(labelled, sequence_length=asked), 400, tmp_path / name)
     other = build_store(dataclasses.replace(labelled, labels=LABELS[::-1]), 400, tmp_path / "other")
     assert other.fingerprint != made.fingerprint
 
