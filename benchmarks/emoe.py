@@ -330,6 +330,7 @@ def speed(args: argparse.Namespace) -> str:
     }
     kinds: dict[str, dict[str, Any]] = {
         "dense": {},
+        "dense, built again": {},  # what a difference means
         "EMoE, last layer, k 16 of 64": {"split_layers": (5,)},
         "EMoE, last two layers": {"split_layers": (4, 5)},
         "EMoE, all layers": {"split_layers": tuple(range(6))},
