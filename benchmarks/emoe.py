@@ -11,7 +11,8 @@ dispatched experts; --layer=WIDTH,HIDDEN,TOKENS in --dtype.
 tuning: a dense model is pretrained on some domains and fine-tuned on others, split in different ways (arXiv
 2310.10908). Every arm has the same data, steps and learning rate, the best for the dense arm. Losses are of test
 documents without near-duplicates: of the domains it was tuned on, of those it was pretrained on, and of one that it
-never saw. `merged` is the same model with every expert in use.
+never saw. `merged` is the same model with every expert in use; `masks alone` is what the split costs the pretrained
+model on its domains before any tuning.
 
 bridge: does a dense model that was trained with document pools over blocks of its own neurons keep more of a domain
 when only some blocks stay than one that was trained plainly and split afterwards? Blocks are chosen for each domain on
@@ -117,6 +118,16 @@ def pretrained(args: argparse.Namespace, seed: int) -> Path:
 # ------------------------------------------------------------------------------------------------------------- tuning
 
 
+def plain(name: str) -> str:
+    """An arm's name in a folder's."""
+    return name.replace("/", " of ").replace(",", "")
+
+
+def split_folder_of(args: argparse.Namespace, name: str, seed: int) -> Path:
+    """Where the split model of an arm is kept."""
+    return run_folder(args.out, f"split {plain(name)}", seed)
+
+
 def split_model(args: argparse.Namespace, dense: Path, arm: dict[str, Any], folder: Path) -> Path:
     """A folder with the dense model split as the arm says; itself where it says nothing."""
     from emo_jax.data import domain_batches, open_store
@@ -146,12 +157,11 @@ def tuned(args: argparse.Namespace, name: str, seed: int, rate: float) -> dict[s
     from emo_jax.training.weights import load_parameters, saved_model
 
     arm, dense = ARMS[name], pretrained(args, seed)
-    label = name.replace("/", " of ").replace(",", "")
-    folder = run_folder(args.out, f"tuned {label} {rate:g}", seed)
+    folder = run_folder(args.out, f"tuned {plain(name)} {rate:g}", seed)
     file = folder / "losses.json"
     if file.exists():
         return json.loads(file.read_text())
-    origin = split_model(args, dense, arm, run_folder(args.out, f"split {label}", seed))
+    origin = split_model(args, dense, arm, split_folder_of(args, name, seed))
     config = base(args.out, args.tuning_steps, seed)
     config.model = saved_model(origin)
     config.data = dataclasses.replace(
@@ -185,6 +195,24 @@ def tuned(args: argparse.Namespace, name: str, seed: int, rate: float) -> dict[s
     return made
 
 
+def masks_alone(args: argparse.Namespace, name: str, seed: int) -> float:
+    """Nats that using some of the experts costs the pretrained model, not tuned yet, on the domains that it knows."""
+    from emo_jax.data import open_store
+    from emo_jax.modularity import SubsetLosses, emergent
+    from emo_jax.training.weights import load_parameters
+
+    folder = split_folder_of(args, name, seed)
+    file = folder / "masks.json"
+    if not file.exists():
+        run, params, _ = load_parameters(folder)
+        data = base(args.out, args.steps, seed).data
+        test, _, _ = test_batches(args.corpus, open_store(data.cache_dir), PRETRAINED, data, TEST_DOCUMENTS)
+        pairs = (run.model, params), emergent.merge(run.model, params)
+        with_masks, without = (SubsetLosses(*pair, test).full() for pair in pairs)
+        file.write_text(json.dumps(float(np.mean([with_masks[d].loss - without[d].loss for d in PRETRAINED]))))
+    return json.loads(file.read_text())
+
+
 def mean(losses: dict[str, float], domains: tuple[str, ...]) -> float:
     """Over domains."""
     return float(np.mean([losses[domain] for domain in domains]))
@@ -198,10 +226,10 @@ def tuning(args: argparse.Namespace) -> str:
     dense = results["dense"]
     tried = ", ".join(f"{r:g}: {loss:.3f}" for r, loss in of_rate.items())
     lines = [
-        f"Learning rate {rate:g}, the best of the dense arm, seed 0 ({tried}).",
+        f"Learning rate {rate:g}, the best of the dense arm, seed 0 ({tried}). Δ: minus the dense arm.",
         "",
-        "| arm | tuned domains | minus dense | merged, minus dense | pretrained, minus dense | unseen, minus dense |",
-        "|" + "---|" * 6,
+        "| arm | tuned on | Δ | Δ, merged | pretrained on, Δ | unseen, Δ | masks alone |",
+        "|" + "---|" * 7,
     ]
     for name, made in results.items():
 
@@ -216,7 +244,10 @@ def tuning(args: argparse.Namespace) -> str:
             against("tuned", TUNED),
             against("merged", TUNED),
         ]
-        lines.append("| " + " | ".join([*row, against("tuned", PRETRAINED), against("tuned", UNSEEN)]) + " |")
+        row += [against("tuned", PRETRAINED), against("tuned", UNSEEN)]
+        masks = bool(ARMS[name]) and not ARMS[name].get("copies")
+        row.append(cell([masks_alone(args, name, seed) for seed in range(args.seeds)] if masks else []))
+        lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines)
 
 
