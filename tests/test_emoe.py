@@ -164,6 +164,12 @@ def test_an_encoder_learns_to_classify_pairs_opened_up_and_goes_back_to_its_form
     assert values["architectures"] == ["BertForSequenceClassification"]
     assert values["id2label"] == {"0": "after", "1": "before"}
     np.testing.assert_allclose(emo_jax.load(tmp_path / "published").classify(some), merged.classify(some), atol=1e-6)
+    measured = run_main("evaluate", f"--model={tmp_path / 'tuned'}", f"--data={tmp_path / 'pairs.jsonl'}",
+                        "--sequence_length=64", "--documents=0")  # fmt: skip
+    assert measured.returncode == 0, measured.stderr
+    table = [line.split() for line in measured.stdout.splitlines() if line.startswith(("domain", "part"))]
+    assert table[0] == ["domain", "loss", "accuracy", "texts"]
+    assert sum(int(row[-1]) for row in table[1:3]) == len(lines)
 
 
 WRONG = [

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from emo_jax.api import Model  # which imports this package
 
 TITLES = {
-    "losses": "Loss (nats a token), accuracy and bits per byte by domain, with all experts",
+    "losses": "Loss (nats a token, or a label), accuracy and bits per byte by domain, with all experts",
     "kept": "With the experts of the subset alone",
     "ablated": "Without the experts of the subset",
     "retention": "Nats added and accuracy lost when a domain keeps so many experts, chosen for it",
@@ -162,7 +162,7 @@ def evaluate_model(
     test, sizes = texts.test(documents)
     losses = SubsetLosses(model.config, model.params, test)
     full = losses.full()
-    made = {"losses": tables.loss_table(full, sizes)}
+    made = {"losses": tables.loss_table(full, None if model.config.labels else sizes)}
     if subset is not None:
         changed = {d: losses.under(subset, d, renormalized=renormalized, ablate=ablate) for d in full}
         made["ablated" if ablate else "kept"] = tables.change_table(full, changed)

@@ -16,13 +16,17 @@ RETENTION_HEAD = ("domain", "method", "kept", "full loss", "renormalized", "orig
 SPECIFICITY = "off the diagonal − on it"
 
 
-def loss_table(full: dict[str, Loss], sizes: dict[str, int]) -> Table:
+def loss_table(full: dict[str, Loss], sizes: dict[str, int] | None) -> Table:
     """Loss, accuracy and bits per byte of each domain.
 
     Args:
       full: losses of each domain.
       sizes: UTF-8 bytes of each domain's text; a document's first token, which nothing predicts, counts with its bytes.
+        None: of a classifier, which predicts labels.
     """
+    if sizes is None:
+        head: list[Any] = ["domain", "loss", "accuracy", "texts"]
+        return [head, *([name, loss.loss, loss.accuracy, loss.tokens] for name, loss in full.items())]
     table: Table = [["domain", "loss", "accuracy", "bits per byte", "tokens"]]
     for name, loss in full.items():
         bits = loss.loss * loss.tokens / math.log(2) / max(sizes[name], 1)
