@@ -26,7 +26,7 @@ registers spill (1) or leave room for one program a multiprocessor (2)."""
 class Sizes(NamedTuple):
     """How products are cut, and what the compiler is told; all but `stages` powers of two, 16 or more but for `warps`.
 
-    The defaults were the fastest of seven on an H100 (BUILD_NOTES.md): all products are `wgmma`, and no register
+    The defaults were the fastest of six on an H100 (BUILD_NOTES.md): all products are `wgmma`, and no register
     spills, of which a program's sums take half.
 
     Attributes:
