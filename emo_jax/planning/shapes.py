@@ -18,6 +18,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from emo_jax.config import Config
 from emo_jax.model import ModelConfig
 from emo_jax.model.emergent import COSINE_WIDTH
+from emo_jax.model.functional import leaf_path
 from emo_jax.parallel.config import AXES
 from emo_jax.parallel.exchange import best_exchange, buffer_size, expert_slots
 from emo_jax.training.frozen import trained, trained_shardings
@@ -93,11 +94,11 @@ def _state(run: str, sizes: tuple[int, ...]) -> _State:
     gradients = collections.Counter[str]()
     for (path, leaf), sharding in zip(jax.tree.leaves_with_path(part), jax.tree.leaves(shardings), strict=True):
         gradients[path[0].key] += _bytes(leaf, sharding)
-    learned = frozenset(tuple(key.key for key in path) for path, _ in jax.tree.leaves_with_path(part))
+    learned = frozenset(leaf_path(keys) for keys, _ in jax.tree.leaves_with_path(part))
     first = min(map(_order, learned))
     leaves = collections.Counter[_Leaf]()
     for keys, leaf in jax.tree.leaves_with_path(state.params):
-        path = tuple(key.key for key in keys)
+        path = leaf_path(keys)
         elements = math.prod(leaf.sharding.shard_shape(leaf.shape))
         kind = (path[0], "routed" in path, path in learned, first[0] <= _order(path)[0])
         leaves[_Leaf(*kind, leaf.shape, leaf.sharding.spec, elements, 1)] += 1

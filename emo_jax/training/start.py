@@ -16,7 +16,7 @@ from emo_jax.data.tokenizer import load_tokenizer
 from emo_jax.errors import require
 from emo_jax.interop.huggingface import CONFIG_FILE, read_json
 from emo_jax.model import ModelConfig, abstract_parameters, mixture_layers
-from emo_jax.model.functional import initial_value, leaf_at
+from emo_jax.model.functional import initial_value, leaf_at, leaf_path
 from emo_jax.training.checkpoints import check_same_run, same_run, saved_steps
 from emo_jax.training.weights import saved_model, saved_parameters
 
@@ -209,8 +209,8 @@ def initial_parameters(config: Config, shardings: Any) -> Any:
         return jnp.concatenate([leaf, fresh.astype(leaf.dtype)], axis=1 if parameter == "router" else 0)
 
     def place(path: Any, abstract: jax.ShapeDtypeStruct, sharding: Any) -> jax.Array:
-        names = [key.key for key in path]
-        parent = leaf_at(params, tuple(names[:-1]))
+        names = leaf_path(path)
+        parent = leaf_at(params, names[:-1])
         if names[-1] not in parent:  # of a head
             return jax.device_put(initial_value(names[-1], abstract, config.model.init_std, rng), sharding)
         leaf = parent.pop(names[-1]).astype(abstract.dtype)  # one array at a time is there twice
